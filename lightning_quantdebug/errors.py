@@ -1,0 +1,27 @@
+"""Errors that reach the user: each names the value, the expectation and the way out."""
+
+from __future__ import annotations
+
+
+class QuantDebugError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class SettingsError(QuantDebugError, ValueError):
+    """A setting has a value that can not be used."""
+
+
+class CaptureError(QuantDebugError, RuntimeError):
+    """The network can not be captured, or nothing in it can be quantized."""
+
+
+class EvaluationError(QuantDebugError, RuntimeError):
+    """The user's validation loop can not be run or does not give the monitored score."""
+
+
+class BrokenPipelineError(QuantDebugError, RuntimeError):
+    """The FP32 sanity check failed: no quantization result could be trusted."""
+
+
+class ReportError(QuantDebugError, ValueError):
+    """A report can not be read or written."""
