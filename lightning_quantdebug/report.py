@@ -27,8 +27,8 @@ class _Advised(str, Enum):
 
     advice: str
 
-    def __new__(cls, value: str, advice: str) -> _Advised:
-        """Make a member from its value and its advice."""
+    def __new__(cls, value: str, advice: str = "") -> _Advised:
+        """Make a member from its value and its advice; looking a member up by its value needs no advice."""
         member = str.__new__(cls, value)
         member._value_ = value
         member.advice = advice

@@ -103,7 +103,8 @@ def _read_number(value: object) -> tuple[float, bool]:
     except ValueError:
         pass
     raise SettingsError(
-        f"`tolerance` must be a number in the metric's units, such as 0.01, or a percentage such as '1%', got {value!r}."
+        "`tolerance` must be a number in the metric's units, such as 0.01, or a percentage such as '1%', "
+        f"got {value!r}."
     )
 
 
@@ -204,7 +205,8 @@ def _check_limit(value: object) -> None:
     is_share = isinstance(value, float) and 0.0 < value <= 1.0
     if not (is_count or is_share):
         raise SettingsError(
-            f"`limit_batches` must be a number of batches (int, at least 1) or a share (float in (0, 1]), got {value!r}."
+            "`limit_batches` must be a number of batches (int, at least 1) or a share (float in (0, 1]), "
+            f"got {value!r}."
         )
 
 

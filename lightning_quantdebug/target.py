@@ -117,12 +117,12 @@ class QuantSpec:
         """Lowest integer of the grid."""
         if not self.symmetric:
             return 0
-        return -(2 ** (self.bit_width - 1)) + int(self.narrow_range)
+        return -(1 << (self.bit_width - 1)) + int(self.narrow_range)
 
     @property
     def quant_max(self) -> int:
         """Highest integer of the grid."""
-        return 2**self.bit_width - 1 if not self.symmetric else 2 ** (self.bit_width - 1) - 1
+        return (1 << (self.bit_width - int(self.symmetric))) - 1
 
     @property
     def effective_range_setting(self) -> RangeSetting:
@@ -235,12 +235,15 @@ def _refuse_unknown(given: Mapping[str, Any], known: set[str], name: str) -> Non
         raise SettingsError(f"`{name}` has no field {unknown}; the fields are {sorted(known)}.")
 
 
-# Sources of the presets. TensorRT: developer guide, "Working with quantized types" (symmetric int8, weights per channel).
+# Sources of the presets.
+# TensorRT: developer guide, "Working with quantized types" (symmetric int8, weights per channel).
 # TFLite/XNNPACK: "LiteRT 8-bit quantization specification" (weights [-127, 127], activations asymmetric int8).
 # QNN/HTP: AIMET's HTP configuration (weights symmetric, activations asymmetric uint8).
 PRESETS: Mapping[str, QuantTarget] = {
     "int8": QuantTarget("int8"),
-    "int8_per_tensor": QuantTarget("int8_per_tensor", weights=replace(_INT8_WEIGHT, granularity=Granularity.PER_TENSOR)),
+    "int8_per_tensor": QuantTarget(
+        "int8_per_tensor", weights=replace(_INT8_WEIGHT, granularity=Granularity.PER_TENSOR)
+    ),
     "onnxruntime": QuantTarget("onnxruntime"),
     "tensorrt": QuantTarget(
         "tensorrt",
@@ -248,9 +251,7 @@ PRESETS: Mapping[str, QuantTarget] = {
         activations=QuantSpec(8, symmetric=True),
         placement=Placement.TENSORRT,
     ),
-    "xnnpack": QuantTarget(
-        "xnnpack", weights=replace(_INT8_WEIGHT, narrow_range=True), placement=Placement.XNNPACK
-    ),
+    "xnnpack": QuantTarget("xnnpack", weights=replace(_INT8_WEIGHT, narrow_range=True), placement=Placement.XNNPACK),
     "qnn": QuantTarget(
         "qnn", weights=replace(_INT8_WEIGHT, granularity=Granularity.PER_TENSOR), placement=Placement.QNN
     ),
