@@ -196,13 +196,55 @@ class Baseline:
 
 
 @dataclass(frozen=True)
+class QuantizerSetting:
+    """The final setting of one quantizer, as far as plain numbers tell it.
+
+    Attributes:
+        name: Name of the quantizer.
+        kind: ``weight`` or ``activation``.
+        bit_width: Bits of one value.
+        symmetric: Whether the grid is signed with ``zero_point`` 0.
+        granularity: ``per_tensor``, ``per_channel`` or ``per_group``.
+        range_min: Low end of the clipping range, in units of the tensor; the lowest of all channels.
+        range_max: High end of the clipping range; the highest of all channels.
+        scale: Grid step in units of the tensor; the largest of all channels.
+        zero_point: Integer that stands for 0, or ``None`` where the channels differ.
+        observed_min: Lowest finite value that calibration saw, or ``None`` where nothing was observed.
+        observed_max: Highest finite value that calibration saw, or ``None`` where nothing was observed.
+        channels: Number of encodings that the tensor has.
+    """
+
+    name: str
+    kind: str
+    bit_width: int
+    symmetric: bool
+    granularity: str
+    range_min: float | None
+    range_max: float | None
+    scale: float | None
+    zero_point: float | None
+    observed_min: float | None = None
+    observed_max: float | None = None
+    channels: int = 1
+
+
+@dataclass(frozen=True)
 class Final:
-    """What the walk leaves behind."""
+    """What the walk leaves behind.
+
+    Attributes:
+        score: Score of the model at its final settings.
+        loss: Loss of score against FP32, positive is worse.
+        interval: Confidence interval of ``loss`` (95 %).
+        settings: The final setting of each quantizer by its name, in order of execution.
+        files: What was written: a file's role, such as ``report.md`` or ``tensorboard``, and its path.
+        module_state: In words, in which state the user's module was given back.
+    """
 
     score: float | None = None
     loss: float | None = None
     interval: tuple[float, float] | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, QuantizerSetting] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     module_state: str = "unchanged: the float weights as they were before the walk"
 
@@ -256,14 +298,14 @@ class Report:
         """Rebuild a report from :meth:`to_dict`.
 
         Raises:
-            ReportError: If the schema version is another one, or a field is missing, unknown or of another type.
+            ReportError: If the schema version is another one, or a field is missing, unknown or of another shape.
         """
         version = values.get("schema_version")
         if version != SCHEMA_VERSION:
             raise ReportError(f"The report has schema version {version!r}, this version reads {SCHEMA_VERSION}.")
         try:
             return _report_from(values)
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise ReportError(f"The report does not follow schema version {SCHEMA_VERSION}: {error}.") from error
 
     @classmethod
@@ -340,7 +382,7 @@ def _report_from(values: Mapping[str, Any]) -> Report:
         sensitivity=tuple(Sensitivity(**_with_interval(item)) for item in values["sensitivity"]),
         findings=tuple(Finding(**{**item, "cause": Cause(item["cause"])}) for item in values["findings"]),
         verdict=None if values["verdict"] is None else Verdict(values["verdict"]),
-        final=Final(**_with_interval(values["final"])),
+        final=_final_from(values["final"]),
         error=values["error"],
     )
 
@@ -349,6 +391,12 @@ def _step_from(values: Mapping[str, Any]) -> Step:
     """One step with its enums and its interval."""
     known = _with_interval(values)
     return Step(**{**known, "step": StepName(values["step"]), "verdict": StepVerdict(values["verdict"])})
+
+
+def _final_from(values: Mapping[str, Any]) -> Final:
+    """What is left behind, with a record for each quantizer."""
+    settings = {name: QuantizerSetting(**item) for name, item in dict(values["settings"]).items()}
+    return Final(**{**_with_interval(values), "settings": settings})
 
 
 def _with_interval(values: Mapping[str, Any]) -> dict[str, Any]:
