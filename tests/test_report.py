@@ -13,46 +13,17 @@ import pytest
 from lightning_quantdebug.errors import ReportError
 from lightning_quantdebug.report import (
     SCHEMA_VERSION,
-    Baseline,
     Cause,
-    Coverage,
-    Final,
     Finding,
     QuantizerSetting,
-    Remedy,
     Report,
-    Sensitivity,
     Step,
     StepName,
     StepVerdict,
-    Unquantized,
     Verdict,
     write_atomically,
 )
-from lightning_quantdebug.settings import make_settings
-
-
-def full_report() -> Report:
-    """A report with something in every field."""
-    setting = QuantizerSetting(
-        "conv.weight", "weight", 8, True, "per_channel", -1.0, 0.99, 0.0078, 0.0, -1.0, 0.5, channels=16
-    )
-    return Report(
-        settings=make_settings(monitor="val_acc", mode="max").to_dict(),
-        environment={"torch": "2.13.0", "seed": 7},
-        baseline=Baseline(0.93, 500),
-        steps=(
-            Step(StepName.FP32_CHECK, StepVerdict.PASSED, 0.93, 0.0, (0.0, 0.0), "fine", 1.5),
-            Step(StepName.WEIGHTS, StepVerdict.FAILED, 0.5, 0.43, None, "", 2.0, {"interaction": -0.1}),
-        ),
-        remedies=(Remedy("cle", 0.5, 0.9, True, "helps beyond noise", 3.0),),
-        coverage=Coverage(("conv.weight", "conv"), (Unquantized("reshape", "passes values on"),), ("late",)),
-        sensitivity=(Sensitivity("conv", "activation", 8, 0.9, 0.03, (0.01, 0.05), 31.5, "exact"),),
-        findings=(Finding(Cause.WEIGHT_OUTLIERS, "max is 60 sigma", "conv.weight"),),
-        verdict=Verdict.NOT_ACCEPTED,
-        final=Final(0.5, 0.43, (0.4, 0.46), {"conv.weight": setting}, {"report.md": "quantdebug/report.md"}),
-        error="none really",
-    )
+from tests.report_examples import full_report
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +164,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
 def test_the_latest_record_of_a_step_counts() -> None:
     report = full_report()
     assert report.step(StepName.QAT) is None
-    again = replace(report.steps[1], score=0.8)
+    again = replace(report.steps[2], score=0.8)
     assert report.with_step(again).step(StepName.WEIGHTS) is again
-    assert report.step(StepName.WEIGHTS) is report.steps[1]
+    assert report.step(StepName.WEIGHTS) is report.steps[2]
 
 
 def test_findings_are_appended_and_their_cause_gives_advice() -> None:

@@ -1,0 +1,335 @@
+"""The report for a person: one page of Markdown, verdict first.
+
+The page is read in three places: as a file in an editor, on a forge, and in TensorBoard's Text dashboard, which keeps
+tables, lists, code spans and emphasis and shows any HTML escaped. So there is no HTML here, and whatever comes from the
+user's model (layer names, evidence, error texts) is escaped: no name can end a table cell or start a tag.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from lightning_quantdebug.report import (
+    Cause,
+    Coverage,
+    Finding,
+    QuantizerSetting,
+    Report,
+    Step,
+    StepName,
+    StepVerdict,
+    Verdict,
+)
+
+# One page: what does not fit is counted and left to report.json.
+MAX_FINDINGS = 10
+MAX_RANGES = 20
+MAX_NAMES = 4
+MAX_TEXT = 400
+
+_SAFE_CODE = re.compile(r"[\w.@/:\[\]=+-][\w.@/:\[\] ,=+-]*")
+# Brackets suffice to disarm links and images; an underscore inside a word starts no emphasis.
+_SPECIAL = re.compile(r"([\\`*\[\]#~|]|(?<![^\W_])_|_(?![^\W_]))")
+
+
+def escape(text: str) -> str:
+    r"""Text as Markdown shows it literally, on one line, also inside a table cell.
+
+    Args:
+        text: Anything, such as a layer's name.
+
+    Returns:
+        The text with control characters as spaces, Markdown's own characters escaped, ``<``, ``>`` and ``&`` as
+        entities, cut after 400 characters.
+
+    Examples:
+        >>> print(escape("a|b <script>\n# c"))
+        a\|b &lt;script&gt; \# c
+    """
+    flat = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    if len(flat) > MAX_TEXT:
+        flat = flat[: MAX_TEXT - 3] + "..."
+    entities = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _SPECIAL.sub(r"\\\1", entities)
+
+
+def code(name: str) -> str:
+    r"""A name as a code span, or escaped text where a code span could not hold it.
+
+    Examples:
+        >>> print(code("layer1.0.conv.weight"), code("a`b"))
+        `layer1.0.conv.weight` a\`b
+    """
+    return f"`{name}`" if len(name) <= MAX_TEXT and _SAFE_CODE.fullmatch(name) else escape(name)
+
+
+def number(value: object, digits: int = 4) -> str:
+    """A number with four significant digits; ``-`` where there is none.
+
+    Examples:
+        >>> number(0.123456), number(None), number(12)
+        ('0.1235', '-', '12')
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "-"
+    return f"{value:.{digits}g}"
+
+
+def interval(value: Sequence[float | None] | None) -> str:
+    """A 95 % interval as ``[low, high]``; ``-`` where there is none.
+
+    Examples:
+        >>> interval((0.01, 0.05)), interval(None)
+        ('[0.01, 0.05]', '-')
+    """
+    return "-" if value is None or set(value) == {None} else f"[{number(value[0])}, {number(value[1])}]"
+
+
+def walked(report: Report) -> list[Step]:
+    """The steps that this walk ran, in its order."""
+    return [step for step in report.steps if step.verdict not in (StepVerdict.NOT_RUN, StepVerdict.SKIPPED)]
+
+
+def not_walked(report: Report, verdict: StepVerdict) -> list[str]:
+    """Names of the steps that were skipped, or that this version does not run."""
+    return [step.step.value for step in report.steps if step.verdict is verdict]
+
+
+def headline(report: Report) -> str:
+    """The verdict with the score against FP32, in one line of plain text."""
+    verdict = "unfinished" if report.verdict is None else report.verdict.value.replace("_", " ")
+    monitor = str(report.settings.get("monitor", "score"))
+    if report.baseline is None or report.final.score is None:
+        return verdict
+    line = f"{verdict}: {monitor} {number(report.baseline.score)} in FP32, {number(report.final.score)} quantized"
+    return f"{line}, loss {number(report.final.loss)} (permitted: {report.settings.get('tolerance', '-')})"
+
+
+def reasons(report: Report) -> list[str]:
+    """Why the verdict is what it is: one plain sentence for each thing that decided it."""
+    lines = [report.verdict.advice] if report.verdict is not None else ["The walk has not come to its end."]
+    if report.error:
+        lines.append(f"The walk stopped with: {report.error}")
+    lines += [f"{step.step.value}: {step.advice or step.verdict.advice}" for step in walked(report)]
+    return lines
+
+
+def interaction(report: Report) -> str | None:
+    """How the losses of weights and activations add up, or ``None`` where that was not measured."""
+    weights, activations = report.step(StepName.WEIGHTS), report.step(StepName.ACTIVATIONS)
+    if weights is None or activations is None or weights.loss is None or activations.loss is None:
+        return None
+    both = weights.details.get("both")
+    both_loss = both.get("loss") if isinstance(both, Mapping) else both
+    if not isinstance(both_loss, (int, float)):
+        return None
+    extra = both_loss - weights.loss - activations.loss
+    return (
+        f"Weights alone lose {number(weights.loss)}, activations alone {number(activations.loss)}, both together "
+        f"{number(both_loss)}: {number(abs(extra))} {'more' if extra > 0 else 'less'} than the sum."
+    )
+
+
+def next_steps(report: Report) -> list[str]:
+    """What the user can do now: plain sentences, the most useful first."""
+    steps = list(dict.fromkeys(finding.advice for finding in report.findings if finding.advice))[:MAX_NAMES]
+    if report.verdict in (Verdict.ACCEPTED, Verdict.REPAIRED, Verdict.REPAIRED_BY_QAT):
+        return [*steps, "Run the exported model on the device: this report simulates the engine's arithmetic in float."]
+    if report.verdict is Verdict.NOT_ACCEPTED:
+        return steps + _wider_targets(report)
+    if report.verdict is Verdict.FAILED:
+        return [*steps, "Set `on_error` to 'raise' to see where the walk failed."]
+    return steps or ["Run the walk again to its end."]
+
+
+def _wider_targets(report: Report) -> list[str]:
+    """Cheaper targets to try, for the half of the model that loses the score."""
+    target = report.settings.get("target")
+    weights = target.get("weights", {}) if isinstance(target, Mapping) else {}
+    tries = []
+    if _lost(report, StepName.WEIGHTS):
+        if weights.get("granularity") == "per_tensor":
+            tries.append("Try weights per channel: target={'weights': {'granularity': 'per_channel'}}.")
+        tries.append("See what more bits for the weights would do: target={'weights': {'bit_width': 16}}.")
+    if _lost(report, StepName.ACTIVATIONS):
+        tries.append("See what more bits for the activations would do: target={'activations': {'bit_width': 16}}.")
+    return tries or ["Try a target with more bits, or give `tolerance` the loss that you can live with."]
+
+
+def _lost(report: Report, name: StepName) -> bool:
+    """Whether this step exceeded the tolerance."""
+    step = report.step(name)
+    return step is not None and step.verdict is StepVerdict.FAILED
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the cells must be escaped already."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def ranges_table(settings: Iterable[QuantizerSetting]) -> str:
+    """Every quantizer's observed values, clipping range and grid as a Markdown table.
+
+    Args:
+        settings: The settings in the order in which they shall be shown; ranges are in units of the tensor.
+    """
+    header = ("quantizer", "bits", "granularity", "observed", "range", "scale", "zero point")
+    return table(header, (_range_row(setting) for setting in settings))
+
+
+def _range_row(setting: QuantizerSetting) -> tuple[str, ...]:
+    """The cells of one quantizer."""
+    granularity = escape(setting.granularity.replace("_", " "))
+    shared = "" if setting.channels == 1 else f" ({setting.channels})"
+    return (
+        code(setting.name),
+        f"{setting.bit_width} {'symmetric' if setting.symmetric else 'asymmetric'}",
+        f"{granularity}{shared}",
+        interval((setting.observed_min, setting.observed_max)),
+        interval((setting.range_min, setting.range_max)),
+        number(setting.scale),
+        number(setting.zero_point),
+    )
+
+
+def to_markdown(report: Report) -> str:
+    """The whole report as one page of Markdown.
+
+    Args:
+        report: A report at any moment of the walk.
+
+    Returns:
+        Markdown without HTML: verdict, why, the walk, findings, coverage, ranges, what to do next.
+
+    Examples:
+        >>> print(to_markdown(Report(verdict=Verdict.ACCEPTED)).splitlines()[0])
+        # Quantization: accepted
+    """
+    sections = [
+        f"# Quantization: {escape(headline(report))}",
+        _bullets(escape(line) for line in reasons(report)),
+        _walk(report),
+        _findings(report.findings),
+        _remedies(report),
+        _coverage(report.coverage),
+        _ranges(report),
+        "## What to do next\n\n" + _bullets(escape(line) for line in next_steps(report)),
+        _written(report),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    """A list; empty without lines."""
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _walk(report: Report) -> str:
+    """The steps as a table, with how weights and activations interact."""
+    rows = [
+        (
+            code(step.step.value),
+            number(step.score),
+            number(step.loss),
+            interval(step.interval),
+            escape(step.verdict.value),
+            f"{step.seconds or 0.0:.1f}",
+        )
+        for step in walked(report)
+    ]
+    parts = ["## The walk"]
+    if rows:
+        parts.append(table(("step", "score", "loss", "95 % interval of the loss", "verdict", "seconds"), rows))
+    sum_of_both = interaction(report)
+    if sum_of_both:
+        parts.append(sum_of_both)
+    for verdict, text in (
+        (StepVerdict.SKIPPED, "Skipped, because an earlier step passed"),
+        (StepVerdict.NOT_RUN, "Not run by this version"),
+    ):
+        names = not_walked(report, verdict)
+        if names:
+            parts.append(f"{text}: {', '.join(code(name) for name in names)}.")
+    return "\n\n".join(parts)
+
+
+def _findings(findings: Sequence[Finding]) -> str:
+    """Cause, place, evidence and advice of each finding."""
+    if not findings:
+        return ""
+    rows = [
+        (
+            _cause(finding.cause),
+            code(finding.quantizer) if finding.quantizer else "-",
+            escape(finding.evidence),
+            escape(finding.advice),
+        )
+        for finding in findings[:MAX_FINDINGS]
+    ]
+    return (
+        "## Findings\n\n" + table(("cause", "where", "evidence", "advice"), rows) + _more(len(findings), MAX_FINDINGS)
+    )
+
+
+def _cause(cause: Cause) -> str:
+    """A cause in words."""
+    return str(cause.value).replace("_", " ")
+
+
+def _remedies(report: Report) -> str:
+    """What was tried, kept or not."""
+    if not report.remedies:
+        return ""
+    rows = [
+        (
+            code(item.remedy),
+            number(item.before),
+            number(item.after),
+            "kept" if item.kept else "undone",
+            escape(item.reason),
+        )
+        for item in report.remedies
+    ]
+    return "## Remedies tried\n\n" + table(("remedy", "before", "after", "kept", "why"), rows)
+
+
+def _coverage(coverage: Coverage) -> str:
+    """How many tensors are quantized, and the reasons why others are not."""
+    total = len(coverage.quantized)
+    lines = [f"{total} quantizer{'' if total == 1 else 's'}."]
+    reasons_of: dict[str, list[str]] = {}
+    for item in coverage.unquantized:
+        reasons_of.setdefault(item.reason, []).append(item.name)
+    for reason, names in sorted(reasons_of.items(), key=lambda item: -len(item[1])):
+        lines.append(f"Not quantized, {escape(reason)}: {_names(names)}.")
+    if coverage.unseen:
+        lines.append(f"Ran in FP32, because calibration did not see it: {_names(coverage.unseen)}.")
+    return "## Coverage\n\n" + _bullets(lines)
+
+
+def _names(names: Sequence[str]) -> str:
+    """The first names and how many more there are."""
+    shown = ", ".join(code(name) for name in names[:MAX_NAMES])
+    return shown if len(names) <= MAX_NAMES else f"{shown} and {len(names) - MAX_NAMES} more"
+
+
+def _ranges(report: Report) -> str:
+    """The final ranges, as many as fit on the page."""
+    settings = list(report.final.settings.values())
+    if not settings:
+        return ""
+    return "## Ranges\n\n" + ranges_table(settings[:MAX_RANGES]) + _more(len(settings), MAX_RANGES)
+
+
+def _more(count: int, shown: int) -> str:
+    """A line that says what the page left out."""
+    return "" if count <= shown else f"\n\n{count - shown} more in report.json."
+
+
+def _written(report: Report) -> str:
+    """Where the files are and in which state the model is."""
+    lines = [f"{escape(role)}: {code(path)}" for role, path in report.final.files.items()]
+    lines.append(f"The model is {escape(report.final.module_state)}.")
+    return "## What was written\n\n" + _bullets(lines)

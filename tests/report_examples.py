@@ -1,0 +1,87 @@
+"""Reports that several tests look at."""
+
+from lightning_quantdebug.report import (
+    Baseline,
+    Cause,
+    Coverage,
+    Final,
+    Finding,
+    QuantizerSetting,
+    Remedy,
+    Report,
+    Sensitivity,
+    Step,
+    StepName,
+    StepVerdict,
+    Unquantized,
+    Verdict,
+)
+from lightning_quantdebug.settings import make_settings
+
+HOSTILE = "a|b`c`<script>alert(1)</script>\n## owned\x1b[31m\u202e*_[x](http://e.vil)!"
+
+
+def full_report() -> Report:
+    """A model that loses too much, with something in every field."""
+    settings = (
+        QuantizerSetting("conv.weight", "weight", 8, True, "per_channel", -1.0, 0.99, 0.0078, 0.0, -1.0, 0.5, 16),
+        QuantizerSetting("conv", "activation", 8, False, "per_tensor", 0.0, 6.0, 0.0235294, 0.0, 0.0, 6.0),
+        QuantizerSetting("head", "activation", 8, False, "per_tensor", -4.0, 8.0, 0.047, None, None, None),
+    )
+    not_run = (
+        Step(name, StepVerdict.NOT_RUN, advice=StepVerdict.NOT_RUN.advice)
+        for name in (StepName.FIX_WEIGHTS, StepName.PER_QUANTIZER)
+    )
+    both = {"both": {"score": 0.48, "loss": 0.45, "interval": [0.4, 0.5]}, "interaction": -0.04}
+    return Report(
+        settings=make_settings(monitor="val_acc", mode="max", target="int8_per_tensor").to_dict(),
+        environment={"torch": "2.13.0", "seed": 7},
+        baseline=Baseline(0.93, 500),
+        steps=(
+            Step(StepName.FP32_CHECK, StepVerdict.PASSED, 0.93, 0.0, (0.0, 0.0), "FP32 twice: identical.", 1.5),
+            Step(StepName.ACTIVATIONS, StepVerdict.FAILED, 0.87, 0.06, (0.04, 0.08), "", 1.25),
+            Step(StepName.WEIGHTS, StepVerdict.FAILED, 0.5, 0.43, None, "", 2.0, both),
+            *not_run,
+            Step(StepName.QUANTIZE_MODEL, StepVerdict.FAILED, 0.48, 0.45, (0.4, 0.5), "", 2.5),
+        ),
+        remedies=(Remedy("cle", 0.5, 0.9, True, "helps beyond noise", 3.0),),
+        coverage=Coverage(
+            ("conv.weight", "conv", "head"),
+            (
+                *(Unquantized(f"reshape@{index}", "passes values on") for index in range(6)),
+                Unquantized("conv.bias", "biases are int32 in the engine"),
+            ),
+            ("late",),
+        ),
+        sensitivity=(Sensitivity("conv", "activation", 8, 0.9, 0.03, (0.01, 0.05), 31.5, "exact"),),
+        findings=(
+            Finding(Cause.WEIGHT_OUTLIERS, "The largest weight is 60 sigma from the mean.", "conv.weight"),
+            Finding(
+                Cause.TOO_FEW_SAMPLES, "500 samples resolve 2 %, the tolerance is 1 %.", advice="Use 2000 samples."
+            ),
+        ),
+        verdict=Verdict.NOT_ACCEPTED,
+        final=Final(
+            0.48,
+            0.45,
+            (0.4, 0.5),
+            {setting.name: setting for setting in settings},
+            {"report.md": "runs/quantdebug/report.md", "tensorboard": "runs/my logs"},
+        ),
+    )
+
+
+def hostile_report() -> Report:
+    """A report whose every text comes from an enemy."""
+    setting = QuantizerSetting(HOSTILE, "weight", 8, True, HOSTILE, -1.0, 1.0, 0.01, 0.0)
+    return Report(
+        settings={"monitor": HOSTILE, "tolerance": HOSTILE},
+        baseline=Baseline(0.5),
+        steps=(Step(StepName.WEIGHTS, StepVerdict.FAILED, float("nan"), None, (None, 1.0), HOSTILE),),  # type: ignore[arg-type]
+        remedies=(Remedy(HOSTILE, 0.1, 0.2, False, HOSTILE, 1.0),),
+        coverage=Coverage((HOSTILE,), (Unquantized(HOSTILE, HOSTILE),), (HOSTILE,)),
+        findings=(Finding(Cause.NON_FINITE, HOSTILE, HOSTILE, HOSTILE, HOSTILE),),
+        verdict=Verdict.FAILED,
+        final=Final(0.4, 0.1, None, {HOSTILE: setting}, {HOSTILE: HOSTILE, "tensorboard": HOSTILE}, HOSTILE),
+        error=HOSTILE,
+    )
