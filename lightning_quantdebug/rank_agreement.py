@@ -1,0 +1,53 @@
+"""What the ranks of a distributed run found, put together so that all of them go on with the same numbers.
+
+A metric that the user logs without ``sync_dist`` differs from rank to rank. Were each rank to decide by its own value,
+one could start another pass while the other stops, and both would wait for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch.distributed
+
+from lightning_quantdebug.batch_scores import BatchScore
+
+T = TypeVar("T")
+
+
+def gather(value: T) -> list[T]:
+    """The values of all ranks in order of rank; of one process just its own."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    gathered: list[T | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered  # type: ignore[return-value] # every place was filled
+
+
+def mean_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean over the ranks that have a metric; ranks that agree keep their value to the last bit.
+
+    Example:
+        >>> mean_metrics([{"a": 1.0, "b": 0.1}, {"a": 2.0}])
+        {'a': 1.5, 'b': 0.1}
+    """
+    names = dict.fromkeys(name for one in metrics for name in one)
+    return {name: _mean([one[name] for one in metrics if name in one]) for name in names}
+
+
+def _mean(values: list[float]) -> float:
+    """Mean that does not round when all values are equal."""
+    return values[0] if all(value == values[0] for value in values) else sum(values) / len(values)
+
+
+def joined_batches(batches: Sequence[tuple[BatchScore, ...] | None]) -> tuple[BatchScore, ...] | None:
+    """The batches of all ranks one rank after the other, ``None`` if a rank has none to show."""
+    present = [part for part in batches if part is not None]
+    return tuple(batch for part in present for batch in part) if len(present) == len(batches) else None
+
+
+def total_samples(samples: Sequence[int | None]) -> int | None:
+    """Number of samples over all ranks, ``None`` if a rank can not tell."""
+    known = [count for count in samples if count is not None]
+    return sum(known) if len(known) == len(samples) else None

@@ -1,0 +1,193 @@
+"""One pass of the user's validation loop inside a running Trainer, with everything given back at its end."""
+
+from __future__ import annotations
+
+import functools
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_quantdebug import lightning_compat as compat
+from lightning_quantdebug.batch_scores import BatchRecorder
+from lightning_quantdebug.lightning_compat import LoopData, ModuleLike, TrainerLike, replaced
+from lightning_quantdebug.loader_copies import seeded_generators
+from lightning_quantdebug.module_state import StateSnapshot, preserved
+from lightning_quantdebug.random_state import isolated_random_state, seed_all
+
+AroundStep = Callable[[Callable[[], Any], Any, int, int], Any]
+
+# Hooks in which a module may exchange its weights, for those of a moving average say.
+_WEIGHT_HOOKS = ("on_validation_start", "on_validation_epoch_start", "on_validation_model_eval")
+_AVERAGING = re.compile("EMA|WeightAverag|MovingAverage")
+
+
+@dataclass(frozen=True)
+class PassRequest:
+    """What one pass is to do; see :meth:`lightning_quantdebug.evaluation.Evaluator.run`."""
+
+    around_step: AroundStep | None
+    seed: int
+    model_seed: int
+    keeps_user_callbacks: bool
+
+
+@contextmanager
+def neutral_torch() -> Iterator[None]:
+    """Torch in the state in which FP32 and fake-quantized runs can be compared.
+
+    Compiled modules run eagerly (hooks added after compilation would be ignored), attention does not take its fused
+    fast path (which no interception sees, and whose results differ in the last bits), and tensors that are made are
+    ordinary ones, so that calibration may use them with autograd.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with torch.compiler.set_stance("force_eager"), torch.inference_mode(False), torch.no_grad():
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def kept_callbacks(trainer: TrainerLike, with_users: bool) -> list[Any]:
+    """Callbacks that take part in a pass: weight averaging always, the user's own if they log the monitored metric."""
+    return [
+        callback
+        for callback in trainer.callbacks
+        if _averages_weights(callback)
+        or (with_users and not compat.is_lightnings_own(callback) and not _ours(callback))
+    ]
+
+
+def _averages_weights(callback: object) -> bool:
+    """Whether a callback validates other weights than the module holds; without it the score would be another's."""
+    return any(_AVERAGING.search(cls.__name__) for cls in type(callback).__mro__)
+
+
+def _ours(callback: object) -> bool:
+    """Whether this package defines the callback."""
+    return any(cls.__module__.partition(".")[0] == __name__.partition(".")[0] for cls in type(callback).__mro__[:-1])
+
+
+def run_pass(
+    trainer: TrainerLike, pl_module: ModuleLike, data: LoopData, recorder: BatchRecorder, request: PassRequest
+) -> dict[str, Tensor]:
+    """Run the user's loop over ``data`` and return all that was logged; ``recorder`` hears the batches."""
+    with (
+        borrowed(trainer, pl_module, kept_callbacks(trainer, request.keeps_user_callbacks)) as loop,
+        seeded_generators(data.loaders, request.seed),
+    ):
+        place = _Place(trainer.global_rank)
+        compat.listen(loop, recorder.on_log)
+        compat.on_each_batch(loop, before=place.move, after=recorder.end_batch)
+        step = _StepRunner(pl_module, loop, recorder, request, place)
+        seed_all(request.seed)
+        with step.installed():
+            return compat.run_loop(loop, data)
+
+
+@contextmanager
+def borrowed(trainer: TrainerLike, pl_module: ModuleLike, callbacks: list[Any]) -> Iterator[Any]:
+    """Put a fresh validation loop into the Trainer and give everything back afterwards, whatever happens."""
+    holder, name = compat.validation_slot(trainer)
+    original = getattr(holder, name)
+    loop = compat.new_loop(original)
+    finished = compat.outer_validation(trainer) == "finished"
+    moves_weights = bool(callbacks) or any(compat.is_overridden(trainer, hook, pl_module) for hook in _WEIGHT_HOOKS)
+    skip = compat.bare_module_attributes(trainer)
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        scratch = enter(tempfile.TemporaryDirectory(prefix="quantdebug-"))
+        enter(compat.parallel_flags_kept(trainer))
+        enter(preserved(pl_module, *callbacks, skip=skip, parameters=moves_weights))
+        enter(compat.module_on_device(trainer, pl_module))
+        enter(replaced(trainer, "should_stop", trainer.should_stop))
+        enter(replaced(trainer, "callbacks", callbacks))
+        enter(replaced(trainer, "loggers", compat.silent_loggers(trainer, scratch)))
+        enter(replaced(trainer, "profiler", compat.silent_profiler(trainer)))
+        if hasattr(trainer, "_last_val_time"):
+            enter(replaced(trainer, "_last_val_time", trainer._last_val_time))
+        if finished:
+            compat.settle_outer_validation(original, pl_module)
+        enter(replaced(trainer.state, "stage", compat.stage(original, "validate")))
+        enter(replaced(trainer, "_logger_connector", type(trainer._logger_connector)(trainer)))
+        enter(replaced(holder, name, loop))
+        yield loop
+
+
+class _Place:
+    """Which batch of which loader on which rank is at work."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.batch_idx = 0
+        self.dataloader_idx = 0
+
+    def move(self, batch_idx: int, dataloader_idx: int) -> None:
+        """Go to a batch."""
+        self.batch_idx, self.dataloader_idx = batch_idx, dataloader_idx
+
+
+class _StepRunner:
+    """Stands in for the user's ``validation_step`` during a pass."""
+
+    def __init__(
+        self, pl_module: ModuleLike, loop: Any, recorder: BatchRecorder, request: PassRequest, place: _Place
+    ) -> None:
+        self._pl_module = pl_module
+        self._loop = loop
+        self._recorder = recorder
+        self._request = request
+        self._place = place
+        self._step = pl_module.validation_step
+        self._skip = compat.bare_module_attributes(loop.trainer)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Be the module's ``validation_step`` for the body's duration."""
+
+        @functools.wraps(self._step)
+        def validation_step(*args: Any, **kwargs: Any) -> Any:
+            return self._run(args, kwargs)
+
+        attributes: dict[str, Any] = self._pl_module.__dict__
+        before = attributes.get("validation_step")
+        attributes["validation_step"] = validation_step
+        try:
+            yield
+        finally:
+            del attributes["validation_step"]
+            if before is not None:
+                attributes["validation_step"] = before
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the step plainly or through ``around_step``."""
+        around, place = self._request.around_step, self._place
+        self._recorder.start_batch()
+        if around is None:
+            return self._call(args, kwargs)
+        logged = (self._loop._results, vars(self._loop.trainer._logger_connector))
+        before = StateSnapshot(self._pl_module, *logged, skip=self._skip)
+        calls = 0
+
+        def call() -> Any:
+            nonlocal calls
+            if calls:
+                before.restore()
+                self._recorder.start_batch()
+            calls += 1
+            return self._call(args, kwargs)
+
+        return around(call, args[0] if args else kwargs["batch"], place.batch_idx, place.dataloader_idx)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the user's step with its own random numbers; the loaders' stream goes on as if it drew none."""
+        place = self._place
+        with isolated_random_state():
+            seed_all(self._request.model_seed, place.batch_idx, place.dataloader_idx, place.rank)
+            return self._step(*args, **kwargs)
