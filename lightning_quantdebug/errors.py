@@ -15,6 +15,10 @@ class CaptureError(QuantDebugError, RuntimeError):
     """The network can not be captured, or nothing in it can be quantized."""
 
 
+class CalibrationError(QuantDebugError, RuntimeError):
+    """No range can be set from what was observed."""
+
+
 class EvaluationError(QuantDebugError, RuntimeError):
     """The user's validation loop can not be run or does not give the monitored score."""
 
