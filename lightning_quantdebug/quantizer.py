@@ -1,0 +1,210 @@
+"""One quantizer: the place where one tensor, weight or activation, is put on a grid.
+
+A quantizer has a mode (bypass, observe, quantize), an observer while it is calibrated and an encoding afterwards. It
+is no ``nn.Module`` and is attached to nothing: :mod:`lightning_quantdebug.instrument` calls it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_quantdebug.encoding import Encoding, encoding_from_range
+from lightning_quantdebug.errors import CaptureError, SettingsError
+from lightning_quantdebug.fake_quantize import fake_quantize
+from lightning_quantdebug.observer import Observer
+from lightning_quantdebug.range_setting import range_from_observer, range_from_tensor
+from lightning_quantdebug.target import Kind, Mode, QuantSpec
+
+# At 32 bits the range is widened on both sides by this many times its width, so that data which calibration has not
+# seen is not clipped: the check is about the pipeline, not about ranges. The grid is still finer than float32's own.
+_HEADROOM = 4.0
+
+
+class CustomQuantizer(Protocol):
+    """What a user's own quantizer class must look like; ``QuantTarget.quantizer`` names it.
+
+    It is made once per quantizer and bit-width from the spec, and called with the tensor and its encoding.
+    """
+
+    def __call__(self, x: Tensor, encoding: Encoding) -> Tensor:
+        """Fake-quantize ``x`` (any shape) with ``encoding``; the result has the shape and dtype of ``x``."""
+        ...
+
+
+QuantizerFactory = Callable[[QuantSpec], CustomQuantizer]
+
+
+def load_custom_quantizer(path: str | None) -> QuantizerFactory | None:
+    """Import the class that ``QuantTarget.quantizer`` names.
+
+    Raises:
+        SettingsError: If the path has no dot, or the module or the class does not exist.
+    """
+    if path is None:
+        return None
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise SettingsError(f"`quantizer` must be an import path such as 'package.module.Class', got {path!r}.")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(f"`quantizer` names {path!r}, which can not be imported: {error}.") from error
+    if not callable(found):
+        raise SettingsError(f"`quantizer` must name a class or function, {path!r} is a {type(found).__name__}.")
+    factory: QuantizerFactory = found
+    return factory
+
+
+class Quantizer:
+    """One quantizer.
+
+    Args:
+        name: As in every report.
+        kind: Weight or activation.
+        spec: The grid.
+        channel_axis: Axis of the channels of a per-channel weight, else ``None``.
+        fixed_range: Clipping range that no calibration changes, such as that of a softmax.
+        factory: Class of a custom quantizer, ``None`` for ours.
+
+    Attributes:
+        mode: What it does now.
+        observer: What calibration saw of an activation or a weight.
+        encoding: Scale and zero point, ``None`` before calibration.
+        version: Counts every change of the encoding or mode, for caches.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: Kind,
+        spec: QuantSpec,
+        channel_axis: int | None = None,
+        fixed_range: tuple[float, float] | None = None,
+        factory: QuantizerFactory | None = None,
+    ) -> None:
+        """Start in bypass without a range."""
+        self.name = name
+        self.kind = kind
+        self.channel_axis = channel_axis
+        self.fixed_range = fixed_range
+        self.observer = Observer()
+        self.version = 0
+        self._mode = Mode.BYPASS
+        self._spec = spec
+        self._encoding: Encoding | None = None
+        self._range: tuple[Tensor, Tensor] | None = None
+        self._factory = factory
+        self._custom = factory(spec) if factory is not None else None
+
+    def __repr__(self) -> str:
+        """Name, grid and mode."""
+        return f"Quantizer({self.name!r}, {self.kind.value}, {self.bit_width} bits, {self.mode.value})"
+
+    @property
+    def mode(self) -> Mode:
+        """What the quantizer does now."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        self._mode = mode
+        self.version += 1
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The grid."""
+        return self._spec
+
+    @property
+    def bit_width(self) -> int:
+        """Bits of one value."""
+        return self._spec.bit_width
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """Scale and zero point, ``None`` before calibration."""
+        return self._encoding
+
+    @encoding.setter
+    def encoding(self, encoding: Encoding | None) -> None:
+        self._encoding = encoding
+        self.version += 1
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the quantizer has an encoding."""
+        return self._encoding is not None
+
+    def reset(self) -> None:
+        """Forget what was observed."""
+        self.observer = Observer()
+        self._range = None
+        self.encoding = None
+
+    def observe(self, x: Tensor) -> None:
+        """Take in one batch of the tensor; a weight counts as it is now, whatever was seen of it before."""
+        if self.kind is Kind.WEIGHT:
+            self.observer = Observer()
+            self._range = range_from_tensor(x.detach(), self._spec, self.channel_axis)
+        self.observer.observe(x)
+
+    def set_range(self) -> None:
+        """Turn what was observed into an encoding; without observations there is none.
+
+        Raises:
+            SettingsError: If only NaN or infinity was observed.
+        """
+        if self.fixed_range is not None:
+            low, high = (torch.tensor(end) for end in self.fixed_range)
+            self._range = (low, high)
+        elif self.observer.count == 0:
+            return
+        elif self.kind is Kind.ACTIVATION:
+            self._range = range_from_observer(self.observer, self._spec)
+        assert self._range is not None
+        self.encoding = encoding_from_range(*self._range, self._spec, self.channel_axis)
+
+    def set_bit_width(self, bit_width: int) -> None:
+        """Change the bit-width and set the range anew from what was observed; 32 bits clip nothing."""
+        self._spec = replace(self._spec, bit_width=bit_width)
+        self._custom = self._factory(self._spec) if self._factory is not None else None
+        if self._range is None:
+            return
+        if bit_width < 32 or self.kind is Kind.WEIGHT:
+            self.set_range()
+            return
+        low, high = self.fixed_range or (self.observer.range_min, self.observer.range_max)
+        margin = 0.0 if self.fixed_range else _HEADROOM * max(high - low, 1e-6)
+        ends = (torch.tensor(low - margin), torch.tensor(high + margin))
+        self.encoding = encoding_from_range(*ends, self._spec)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Do what the mode says; the result has the shape and dtype of ``x``.
+
+        Raises:
+            CaptureError: If a custom quantizer changes the shape or the dtype.
+        """
+        if self._mode is Mode.BYPASS or not x.is_floating_point():
+            return x
+        if self._mode is Mode.OBSERVE:
+            self.observe(x)
+            return x
+        if self._encoding is None:
+            return x
+        if self._encoding.scale.device != x.device:
+            self._encoding = self._encoding.to(x.device)
+        if self._custom is None:
+            return fake_quantize(x, self._encoding)
+        result = self._custom(x, self._encoding)
+        if not isinstance(result, Tensor) or result.shape != x.shape or result.dtype != x.dtype:
+            got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            raise CaptureError(
+                f"The custom quantizer of {self.name!r} must return a tensor of {x.dtype} {tuple(x.shape)}, got {got}."
+            )
+        return result

@@ -1,0 +1,315 @@
+"""Runs a network with quantizers in it: looks each operation up in the plan and does what stands there.
+
+In bypass nothing is changed: every operation gets its own arguments and runs as it is, so outputs are bit-identical to
+those of the plain network. A weight with a batch normalization behind it is folded while its quantizer is on
+(``W * gamma / sigma``, the tensor that the hardware sees), and the normalization then passes its input on; the model
+itself is never changed (Jacob et al. 2018, section 3.2; Nagel et al. 2021, section 3.2).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MethodWrapperType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_quantdebug.interception import Frame, Interception, OpKey, call_site, clean_path
+from lightning_quantdebug.operations import (
+    CATEGORY_OF,
+    Category,
+    Slot,
+    functional_call,
+    in_place_target,
+    operation_name,
+    value_at,
+    with_argument,
+)
+from lightning_quantdebug.plan import BatchNormFold, Plan
+from lightning_quantdebug.quantizer import Quantizer
+from lightning_quantdebug.target import Kind, Mode
+
+_COUNTED = (Category.CONVOLUTION, Category.LINEAR, Category.MATMUL, Category.RECURRENT, Category.ADD, Category.LOOKUP)
+Trace = Callable[[str, Any], None]
+
+
+@dataclass
+class WeightPlace:
+    """A weight argument of an operation, its quantizer and the batch normalization folded into it."""
+
+    slot: Slot
+    quantizer: Quantizer
+    fold: BatchNormFold | None = None
+    cached: tuple[Any, Tensor, Tensor | None] | None = None
+
+
+@dataclass
+class OpPlan:
+    """What happens at one operation."""
+
+    name: str
+    weights: list[WeightPlace] = field(default_factory=list)
+    inputs: list[tuple[Slot, Quantizer]] = field(default_factory=list)
+    output: Quantizer | None = None
+    positions: tuple[int, ...] = ()
+    folded_into: Quantizer | None = None
+    unsafe: bool = False
+
+
+class Runner(Interception):
+    """Runs the network with its quantizers.
+
+    Args:
+        root: The network, or the LightningModule that holds it.
+        plan: Where quantizers sit.
+        quantizers: The quantizers by name.
+        names: Display name of each recorded operation.
+        unsafe: In-place operations that must write into their argument.
+        scope: See :class:`Interception`.
+
+    Attributes:
+        unseen: How often operations ran that recording had not met; they run in FP32.
+        trace: Called with the name and the result of each recorded operation; ``None``: nothing is traced.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        plan: Plan,
+        quantizers: Mapping[str, Quantizer],
+        names: Mapping[OpKey, str],
+        unsafe: set[OpKey],
+        scope: str = "",
+    ) -> None:
+        """Turn the plan into one look-up table."""
+        super().__init__(root, scope)
+        self.unseen: dict[str, int] = defaultdict(int)
+        self.trace: Trace | None = None
+        self._owners = {clean_path(path): module for path, module in root.named_modules()}
+        self._table: dict[tuple[str, int | None], dict[Any, dict[int | None, OpPlan]]] = {}
+        for key in plan.known:
+            self._entry(key, names, key in unsafe)
+        for site in plan.sites:
+            for spot in site.places:
+                entry = self._entry(spot.key, names, spot.key in unsafe)
+                quantizer = quantizers[site.name]
+                if site.kind is Kind.WEIGHT:
+                    assert spot.slot is not None
+                    entry.weights.append(WeightPlace(spot.slot, quantizer, plan.folds.get(spot.key)))
+                elif spot.slot is not None:
+                    entry.inputs.append((spot.slot, quantizer))
+                else:
+                    entry.output, entry.positions = quantizer, spot.outputs
+        for key, name in plan.folded_into.items():
+            if name in quantizers:
+                self._entry(key, names, False).folded_into = quantizers[name]
+
+    def _entry(self, key: OpKey, names: Mapping[OpKey, str], unsafe: bool) -> OpPlan:
+        """The plan of one operation, made on first use."""
+        sites = self._table.setdefault((key.path, key.call), {})
+        rounds = sites.setdefault((key.func, key.site), {})
+        return rounds.setdefault(key.occurrence, OpPlan(names.get(key, key.path), unsafe=unsafe))
+
+    def plan_for(self, path: str, call: int) -> Any:
+        """The plans of a module's operations: of this call, or those that all calls share."""
+        return self._table.get((path, call)) or self._table.get((path, None))
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Look the operation up and run it as planned."""
+        frame = self.stack[-1]
+        if frame.muted or isinstance(func, MethodWrapperType) or threading.get_ident() != self.thread:
+            return func(*args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:
+            return self.call_decomposed(args, kwargs or {})
+        site = call_site(sys._getframe(1))
+        if site is None:
+            return func(*args, **(kwargs or {}))
+        rounds = frame.plan.get((func, site)) if frame.plan is not None else None
+        if rounds is None:
+            self._count_unseen(func, frame)
+            return func(*args, **(kwargs or {}))
+        occurrence = frame.seen.get((func, site), 0)
+        frame.seen[(func, site)] = occurrence + 1
+        planned = rounds.get(occurrence) or rounds.get(None)
+        if planned is None:
+            self._count_unseen(func, frame)
+            return func(*args, **(kwargs or {}))
+        result = self._run(planned, func, args, kwargs or {})
+        if self.trace is not None:
+            self.trace(planned.name, result)
+        return result
+
+    def _count_unseen(self, func: Callable[..., Any], frame: Frame) -> None:
+        """Note an operation with arithmetic that recording had not met."""
+        name = operation_name(func)
+        if frame.module is not None and CATEGORY_OF.get(name) in _COUNTED:
+            self.unseen[f"{frame.path}.{name}".lstrip(".")] += 1
+
+    def _run(self, planned: OpPlan, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operation with the quantizers that are on."""
+        if planned.folded_into is not None and _is_on(planned.folded_into):
+            result = args[0] if args else kwargs["input"]
+            return self._put_on_grid(planned, result) if planned.output is not None else result
+        for slot, quantizer in planned.inputs:
+            if quantizer.mode is not Mode.BYPASS:
+                args, kwargs = with_argument(args, kwargs, slot, quantizer(value_at(args, kwargs, slot)))
+        for spot in planned.weights:
+            if spot.quantizer.mode is not Mode.BYPASS:
+                args, kwargs = self._with_weight(spot, args, kwargs)
+        if planned.output is None or planned.output.mode is Mode.BYPASS:
+            return func(*args, **kwargs)
+        return self._run_quantized(planned, func, args, kwargs)
+
+    def _run_quantized(
+        self, planned: OpPlan, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run an operation whose result is quantized or observed."""
+        target = in_place_target(func, args, kwargs)
+        if target is None:
+            return self._put_on_grid(planned, func(*args, **kwargs))
+        form = None if planned.unsafe else functional_call(func, args, kwargs)
+        if form is not None:
+            return self._put_on_grid(planned, form[0](*form[1], **form[2]).to(target.dtype))
+        result = func(*args, **kwargs)
+        target.copy_(self._put_on_grid(planned, target.clone()))
+        return result
+
+    def _put_on_grid(self, planned: OpPlan, result: Any) -> Any:
+        """The result with its tensors quantized."""
+        assert planned.output is not None
+        if isinstance(result, Tensor):
+            return planned.output(result)
+        items = [
+            planned.output(item) if index in planned.positions and isinstance(item, Tensor) else item
+            for index, item in enumerate(result)
+        ]
+        if isinstance(result, list):
+            return items
+        return type(result)(*items) if hasattr(result, "_fields") else tuple(items)
+
+    def _with_weight(
+        self, spot: WeightPlace, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with the weight (and, where folded, the bias) replaced by what the hardware sees."""
+        weight = value_at(args, kwargs, spot.slot)
+        bias_slot: Slot = ("bias",) if len(args) < 3 else (2,)
+        bias = None
+        if spot.fold is not None:
+            bias = kwargs.get("bias") if len(args) < 3 else args[2]
+        if spot.quantizer.mode is Mode.OBSERVE:
+            with torch.no_grad():
+                folded, _ = self._folded(spot, weight, bias)
+                spot.quantizer.observe(folded)
+            return args, kwargs
+        if not spot.quantizer.is_calibrated:
+            return args, kwargs
+        quantized, folded_bias = self._quantized_weight(spot, weight, bias)
+        args, kwargs = with_argument(args, kwargs, spot.slot, quantized)
+        if spot.fold is None:
+            return args, kwargs
+        if bias_slot == ("bias",):
+            return args, {**kwargs, "bias": folded_bias}
+        return with_argument(args, kwargs, bias_slot, folded_bias)
+
+    def _quantized_weight(self, spot: WeightPlace, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The quantized weight and folded bias, computed once for as long as nothing that they depend on changes."""
+        if torch.is_grad_enabled() and weight.requires_grad:
+            folded, folded_bias = self._folded(spot, weight, bias)
+            return spot.quantizer(folded), folded_bias
+        tensors = (weight, bias, *(self._norm_tensors(spot.fold) if spot.fold is not None else ()))
+        state = (spot.quantizer.version, *(_state_of(tensor) for tensor in tensors))
+        if spot.cached is None or spot.cached[0] != state:
+            with torch.no_grad():
+                folded, folded_bias = self._folded(spot, weight, bias)
+                spot.cached = (state, spot.quantizer(folded), folded_bias)
+        return spot.cached[1], spot.cached[2]
+
+    def forget_weights(self) -> None:
+        """Drop every cached quantized weight."""
+        for sites in self._table.values():
+            for rounds in sites.values():
+                for planned in rounds.values():
+                    for spot in planned.weights:
+                        spot.cached = None
+
+    def _folded(self, spot: WeightPlace, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias with the batch normalization folded in, if there is one."""
+        if spot.fold is None:
+            return weight, bias
+        mean, variance, gamma, beta = self._norm_tensors(spot.fold)
+        assert mean is not None
+        assert variance is not None
+        return fold_batch_norm(weight, bias, mean, variance, gamma, beta, spot.fold)
+
+    def _norm_tensors(self, fold: BatchNormFold) -> tuple[Tensor | None, ...]:
+        """Mean, variance, gamma and beta as the module has them now."""
+        return tuple(self._tensor(name) for name in (fold.running_mean, fold.running_var, fold.weight, fold.bias))
+
+    def _tensor(self, name: str | None) -> Tensor | None:
+        """A parameter or buffer by name."""
+        if name is None:
+            return None
+        path, _, leaf = name.rpartition(".")
+        found = getattr(self._owners[path], leaf)
+        assert isinstance(found, Tensor)
+        return found
+
+
+def _is_on(quantizer: Quantizer) -> bool:
+    """Whether a quantizer changes its tensor now."""
+    return quantizer.mode is Mode.QUANTIZE and quantizer.is_calibrated
+
+
+def _state_of(tensor: Tensor | None) -> tuple[int, int, int] | None:
+    """What changes whenever a tensor is replaced or written into."""
+    if tensor is None:
+        return None
+    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def fold_batch_norm(
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    fold: BatchNormFold,
+) -> tuple[Tensor, Tensor]:
+    """Fold a batch normalization into the layer ahead of it (Jacob et al. 2018, equation 14).
+
+    ``W' = W * gamma / sqrt(variance + eps)`` and ``b' = beta + (b - mean) * gamma / sqrt(variance + eps)``.
+
+    Args:
+        weight: ``(C_out, *)``, or ``(C_in, C_out / groups, *)`` for a transposed convolution.
+        bias: ``(C_out,)`` or ``None``.
+        mean: Running mean, ``(C_out,)``.
+        variance: Running variance, ``(C_out,)``.
+        gamma: Scale of the normalization, ``(C_out,)`` or ``None`` for 1.
+        beta: Shift of the normalization, ``(C_out,)`` or ``None`` for 0.
+        fold: Axis and groups of the layer, and eps.
+
+    Returns:
+        The folded weight and bias, in the dtype of ``weight``; computed in float32 at least.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    factor = torch.rsqrt(variance.to(wide) + fold.eps)
+    if gamma is not None:
+        factor = factor * gamma.to(wide)
+    shift = -mean.to(wide) if bias is None else bias.to(wide) - mean.to(wide)
+    new_bias = shift * factor + (beta.to(wide) if beta is not None else 0.0)
+    if fold.channel_axis == 0:
+        scaled = weight.to(wide) * factor.reshape(-1, *(1,) * (weight.ndim - 1))
+    else:
+        grouped = weight.to(wide).reshape(fold.groups, -1, *weight.shape[1:])
+        scaled = grouped * factor.reshape(fold.groups, 1, -1, *(1,) * (weight.ndim - 2))
+        scaled = scaled.reshape(weight.shape)
+    return scaled.to(weight.dtype), new_bias.to(weight.dtype)
