@@ -1,5 +1,6 @@
 """What was written is read back from the event files, as TensorBoard reads it."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import pytorch_lightning
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
 
 from lightning_quantdebug.errors import ReportError
 from lightning_quantdebug.observer import Histogram
@@ -81,10 +83,15 @@ def test_a_step_that_ran_twice_is_written_as_it_ran_last(tmp_path: Path) -> None
     assert [event.value for event in events(tmp_path).Scalars("quantdebug/score/weights")] == [pytest.approx(0.9)]
 
 
-def test_hostile_names_are_written(tmp_path: Path) -> None:
+def test_hostile_names_are_shown_as_text_in_the_text_dashboard(tmp_path: Path) -> None:
     with ReviewWriter(None, tmp_path) as writer:
         writer.write_report(hostile_report(), step=0)
-    assert "<" not in text(events(tmp_path), "quantdebug/report")
+    read = events(tmp_path)
+    for tag in ("quantdebug/report", "quantdebug/ranges"):
+        html = markdown_to_safe_html(text(read, tag))
+        assert "a|b`c`&lt;script&gt;alert(1)&lt;/script&gt; ## owned [31m *_[x](http://e.vil)!" in html
+        assert not re.search(r"<(script|a|img|em)\b", html)
+        assert "<table>" in html
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
