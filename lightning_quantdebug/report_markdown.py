@@ -26,6 +26,7 @@ from lightning_quantdebug.report import (
 MAX_FINDINGS = 10
 MAX_RANGES = 20
 MAX_NAMES = 4
+MAX_REASONS = 8
 MAX_TEXT = 400
 
 _SAFE_CODE = re.compile(r"[\w.@/:\[\]=+-][\w.@/:\[\] ,=+-]*")
@@ -299,14 +300,25 @@ def _coverage(coverage: Coverage) -> str:
     """How many tensors are quantized, and the reasons why others are not."""
     total = len(coverage.quantized)
     lines = [f"{total} quantizer{'' if total == 1 else 's'}."]
-    reasons_of: dict[str, list[str]] = {}
-    for item in coverage.unquantized:
-        reasons_of.setdefault(item.reason, []).append(item.name)
-    for reason, names in sorted(reasons_of.items(), key=lambda item: -len(item[1])):
+    grouped = sorted(_names_by_reason(coverage).items(), key=lambda item: -len(item[1]))
+    for reason, names in grouped[:MAX_REASONS]:
         lines.append(f"Not quantized, {escape(reason)}: {_names(names)}.")
+    if len(grouped) > MAX_REASONS:
+        left = sum(len(names) for _, names in grouped[MAX_REASONS:])
+        lines.append(f"Not quantized for other reasons: {left}, in report.json.")
     if coverage.unseen:
         lines.append(f"Ran in FP32, because calibration did not see it: {_names(coverage.unseen)}.")
     return "## Coverage\n\n" + _bullets(lines)
+
+
+def _names_by_reason(coverage: Coverage) -> dict[str, list[str]]:
+    """Names that share a reason, where reasons that differ only in a name they mention are one."""
+    known = {*coverage.quantized, *(item.name for item in coverage.unquantized)}
+    grouped: dict[str, list[str]] = {}
+    for item in coverage.unquantized:
+        reason = " ".join("..." if word in known else word for word in item.reason.split())
+        grouped.setdefault(reason, []).append(item.name)
+    return grouped
 
 
 def _names(names: Sequence[str]) -> str:

@@ -7,7 +7,17 @@ from pathlib import Path
 import markdown
 import pytest
 
-from lightning_quantdebug.report import Cause, Finding, Report, Step, StepName, StepVerdict, Verdict
+from lightning_quantdebug.report import (
+    Cause,
+    Coverage,
+    Finding,
+    Report,
+    Step,
+    StepName,
+    StepVerdict,
+    Unquantized,
+    Verdict,
+)
 from lightning_quantdebug.report_markdown import code, escape, interaction, next_steps, to_markdown
 from tests.report_examples import HOSTILE, full_report, hostile_report
 
@@ -87,6 +97,22 @@ def test_a_page_stays_one_page() -> None:
     assert "280 more in report.json" in page
     assert "30 more in report.json" in page
     assert len(page.splitlines()) < 100
+
+
+def test_reasons_that_differ_only_in_a_name_are_one_line() -> None:
+    folded = tuple(Unquantized(f"bn{index}", f"folded into conv{index}.weight") for index in range(6))
+    coverage = Coverage(tuple(f"conv{index}.weight" for index in range(6)), folded)
+    page = to_markdown(Report(coverage=coverage))
+    assert "- Not quantized, folded into ...: `bn0`, `bn1`, `bn2`, `bn3` and 2 more.\n" in page
+    assert page.count("Not quantized") == 1
+
+
+def test_reasons_beyond_the_most_frequent_are_counted() -> None:
+    rare = tuple(Unquantized(f"op{index}", f"reason {index}") for index in range(11))
+    often = (Unquantized("a", "often"), Unquantized("b", "often"))
+    page = to_markdown(Report(coverage=Coverage((), (*rare, *often))))
+    assert page.index("often: `a`, `b`") < page.index("reason 0: `op0`")
+    assert "- Not quantized for other reasons: 4, in report.json." in page
 
 
 def test_an_empty_report_says_that_the_walk_is_unfinished() -> None:
