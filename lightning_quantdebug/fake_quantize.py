@@ -6,8 +6,8 @@
 reciprocal, which sends some values halfway between two levels to the other one. They also turn NaN into the lowest
 level, where we let it show. In all else the results are equal.
 
-On CPU torch's kernels take 20 to 50 times as long as a ReLU. Four in-place operations, block after block so that each
-block stays in the cache, take 2 to 3 times as long (``benchmarks/fake_quantize.py``).
+On CPU torch's kernels take about 20 times as long as a ReLU. Four in-place operations, block after block so that each
+block stays in the cache, take about 2 times as long (``benchmarks/fake_quantize.py``).
 
 The gradient is the straight-through one (Bengio et al., 2013): 1 where ``x`` is not clipped, else 0. No mask is kept:
 the interval of values that are not clipped is found once per encoding, and the backward pass compares ``x`` with it.
@@ -25,8 +25,8 @@ from lightning_quantdebug.encoding import Encoding
 from lightning_quantdebug.errors import SettingsError
 
 BLOCK_SIZE = 2**18
-"""Values per block and thread: 1 MiB of float32. ``benchmarks/fake_quantize.py`` compares 2^14 to 2^21: smaller blocks
-pay for more calls, larger ones fall out of the cache."""
+"""Values per block and thread: 1 MiB of float32. ``benchmarks/fake_quantize.py`` compares 2^14 to 2^22: smaller blocks
+pay for more calls; larger ones gain nothing with a large cache and fall out of a small one."""
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
