@@ -11,18 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_quantdebug.errors import ReportError
+from lightning_quantdebug.observer import Histogram
 from lightning_quantdebug.report import QuantizerSetting, Report
 from lightning_quantdebug.report_markdown import ranges_table, to_markdown
 from lightning_quantdebug.target import Kind
-
-if TYPE_CHECKING:
-    from lightning_quantdebug.observer import Histogram
 
 # TensorBoard draws 30 buckets; four times as many keep its own re-binning smooth and an event at about 2 kB.
 MAX_BUCKETS = 128
