@@ -45,6 +45,7 @@ class BatchRecorder:
         self._logged: list[LoggedValue] | None = None
         self._entries: list[tuple[Tensor | float | None, int | None]] = []
         self._sizes: list[int | None] = []
+        self._counted: list[int | None] = []
         self._previous: dict[int, dict[str, Any]] = {}
 
     def start_batch(self) -> None:
@@ -65,23 +66,26 @@ class BatchRecorder:
         self._sizes.append(size)
         if not logged:
             return
+        self._counted.append(size)
         if isinstance(logged[0].value, Metric):
             self._entries.append((self._metric_value(logged[-1].value), size))
         elif all(item.is_mean for item in logged):
-            weight = sum(item.batch_size for item in logged)
-            self._entries.append((sum(item.value.detach() * item.batch_size for item in logged) / weight, weight))
+            self._entries.append(_weighted_mean(logged))
         else:
             self._entries.append((None, size))
 
     def batches(self) -> tuple[BatchScore, ...] | None:
         """The batches' scores in the order of the loader, or ``None`` if the metric has none."""
-        if not self._entries or any(value is None or weight is None for value, weight in self._entries):
-            return None
-        return tuple(BatchScore(float(value), float(weight)) for value, weight in self._entries)  # type: ignore[arg-type] # no None: checked above
+        known = [
+            BatchScore(float(value), float(weight))
+            for value, weight in self._entries
+            if value is not None and weight is not None
+        ]
+        return tuple(known) if known and len(known) == len(self._entries) else None
 
     def samples(self) -> int | None:
         """Number of samples behind the score: of the batches that logged it, or of all if none did."""
-        sizes = [size for _, size in self._entries] or self._sizes
+        sizes = self._counted or self._sizes
         return None if not sizes or None in sizes else sum(size for size in sizes if size is not None)
 
     def _metric_value(self, metric: Metric) -> Tensor | None:
@@ -93,6 +97,15 @@ class BatchRecorder:
         before = self._previous.get(id(metric), metric._defaults)
         self._previous[id(metric)] = states
         return _compute_from(metric, {name: states[name] - _on(before[name], states[name]) for name in states})
+
+
+def _weighted_mean(logged: list[LoggedValue]) -> tuple[Tensor, int]:
+    """Mean and weight of what one batch logged, in single precision at least, as Lightning averages."""
+    weight = sum(item.batch_size for item in logged)
+    values = [item.value.detach() for item in logged]
+    values = [value if value.dtype == torch.float64 else value.float() for value in values]
+    total = sum((value * item.batch_size for value, item in zip(values, logged, strict=True)), torch.zeros(()))
+    return total / weight, weight
 
 
 def _is_additive(metric: Metric) -> bool:

@@ -116,10 +116,14 @@ def bare_module_attributes(trainer: TrainerLike) -> frozenset[str]:
 
 
 def batch_size_of(trainer: TrainerLike, batch: Any) -> int | None:
-    """Number of samples in a batch as Lightning finds it, ``None`` where it can not."""
+    """Number of samples in a batch as Lightning finds it, ``None`` where it can not.
+
+    The public ``extract_batch_size`` warns of ambiguous batches, also those whose size the user does give.
+    """
     try:
-        return int(_member(trainer, "utilities.data", "extract_batch_size")(batch))
-    except (misconfiguration_exception(trainer), RecursionError):
+        sizes = _member(trainer, "utilities.data", "_extract_batch_size")(batch)
+        return next((size for size in sizes if size is not None), None)
+    except RecursionError:
         return None
 
 
@@ -310,15 +314,15 @@ def parallel_flags_kept(trainer: TrainerLike) -> Iterator[None]:
 @contextmanager
 def module_on_device(trainer: TrainerLike, pl_module: ModuleLike) -> Iterator[None]:
     """Have the module where batches are sent: in ``on_fit_end`` Lightning has moved it to the CPU already."""
-    device = next((parameter.device for parameter in pl_module.parameters()), trainer.strategy.root_device)
-    if device == trainer.strategy.root_device:
+    device = trainer.strategy.root_device
+    if device.type == "cpu" or any(parameter.device.type != "cpu" for parameter in pl_module.parameters()):
         yield
         return
-    pl_module.to(trainer.strategy.root_device)
+    pl_module.to(device)
     try:
         yield
     finally:
-        pl_module.to(device)
+        pl_module.cpu()
 
 
 def is_sequential(combined: Any) -> bool:

@@ -144,7 +144,9 @@ def preserved(*roots: Any, skip: frozenset[str] = frozenset(), parameters: bool 
 
 def _is_frozen(value: Any) -> bool:
     """Whether a tensor was made under ``inference_mode`` and would refuse to be written to outside it."""
-    return isinstance(value, Tensor) and value.is_inference() and not torch.is_inference_mode_enabled()
+    if not isinstance(value, Tensor) or is_lazy(value):
+        return False
+    return value.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _is_plain_object(value: Any) -> bool:
