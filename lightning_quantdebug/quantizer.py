@@ -76,6 +76,7 @@ class Quantizer:
         mode: What it does now.
         observer: What calibration saw of an activation or a weight.
         encoding: Scale and zero point, ``None`` before calibration.
+        factory: Class of a custom quantizer, ``None`` for ours.
         version: Counts every change of the encoding or mode, for caches.
     """
 
@@ -99,7 +100,7 @@ class Quantizer:
         self._spec = spec
         self._encoding: Encoding | None = None
         self._range: tuple[Tensor, Tensor] | None = None
-        self._factory = factory
+        self.factory = factory
         self._custom = factory(spec) if factory is not None else None
 
     def __repr__(self) -> str:
@@ -173,7 +174,7 @@ class Quantizer:
     def set_bit_width(self, bit_width: int) -> None:
         """Change the bit-width and set the range anew from what was observed; 32 bits clip nothing."""
         self._spec = replace(self._spec, bit_width=bit_width)
-        self._custom = self._factory(self._spec) if self._factory is not None else None
+        self._custom = self.factory(self._spec) if self.factory is not None else None
         if self._range is None:
             return
         if bit_width < 32 or self.kind is Kind.WEIGHT:

@@ -1,0 +1,403 @@
+"""The callback: one more entry in ``Trainer(callbacks=[...])``.
+
+It holds no arithmetic. It decides *when* to walk, hands the Trainer to :class:`~lightning_quantdebug.diagnosis.Diagnosis`,
+and writes what came out. The Trainer, the LightningModule and everything that they own are given back as they were.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_quantdebug import lightning_compat as compat
+from lightning_quantdebug.calibration import calibration_loader, capture, set_ranges
+from lightning_quantdebug.console import Progress, summary
+from lightning_quantdebug.diagnosis import EVALUATIONS, Diagnosis
+from lightning_quantdebug.errors import EvaluationError, QuantDebugError, ReportError, SettingsError
+from lightning_quantdebug.evaluation import Evaluator
+from lightning_quantdebug.instrument import Instrumentation
+from lightning_quantdebug.report import Report, Verdict, write_atomically
+from lightning_quantdebug.report_markdown import to_markdown
+from lightning_quantdebug.settings import Direction, OnError, Settings, When, make_settings
+from lightning_quantdebug.target import Kind, Mode, QuantTarget
+from lightning_quantdebug.tensorboard import ReviewWriter
+
+# The watch is to be cheap: few calibration batches suffice to see a drift.
+WATCH_BATCHES = 4
+
+
+class QuantDebug(compat.CallbackBase):
+    """Find out whether a model survives quantization, what breaks it, and where.
+
+    Add it to the Trainer's callbacks. At the end of ``trainer.fit``, or of ``trainer.validate``, it walks through the
+    flow chart of quantization debugging (Nagel et al. 2021, section 3.6), judged by your own ``validation_step`` and
+    metric, and writes ``report.json``, ``report.md`` and TensorBoard pages. Your model is left as it was.
+
+    Args:
+        monitor: Name of the metric that validation logs, as in ModelCheckpoint.
+        mode: ``"min"`` or ``"max"``: whether a small or a large score is good.
+        tolerance: Permitted loss of score against FP32: a number in the metric's units, or a share such as ``"1%"``.
+        target: What to quantize to: a preset (``"int8"``, ``"w4a8"``, ``"tensorrt"``, ``"xnnpack"``, ``"qnn"``) or a
+            mapping of fields.
+        when: Where in ``fit`` the walk runs: ``"fit_end"``, ``"fit_start"`` or ``"never"``. ``validate`` always walks.
+        restore_best: Diagnose the best weights of ModelCheckpoint instead of the last ones.
+        module: Path of the sub-module to quantize; default: everything that the validation step runs.
+        exclude: Name patterns of quantizers that stay in FP32.
+        remedies: Names of the remedies that may be tried, in order; default: all that the target allows. This version
+            tries none yet.
+        analysis: ``"estimate"``, ``"race"`` or ``"exhaustive"``: work of the per-quantizer analysis, which this version
+            does not run yet.
+        calibration: Where ranges are set: ``"train"``, ``"val"`` or a DataLoader.
+        calibration_batches: Number of calibration batches, on each device.
+        limit_batches: Number (int) or share (float) of validation batches for the walk; the acceptance uses all.
+        qat_epochs: Most epochs of quantization-aware training, which this version does not run yet.
+        qat_lr_factor: Learning rate of QAT as a share of the training's.
+        watch_every_n_epochs: While training, log every so many epochs what the score would be if the model were
+            quantized now.
+        max_time: Time budget of the walk, as in Trainer.
+        dirpath: Where to write; default: ``quantdebug`` under the logger's directory.
+        export: Files to export, which this version does not write yet.
+        on_error: ``"warn"``: a failure of the tool never fails your run; ``"raise"``: it does.
+        verbose: Whether to print progress and a summary.
+        quantizer: Import path of your own quantizer class, to debug your own pipeline.
+
+    Raises:
+        SettingsError: If a value can not be used; the message lists those that can.
+
+    Attributes:
+        report: The report of the last walk, ``None`` before.
+
+    Examples:
+        >>> callback = QuantDebug(monitor="val_acc", mode="max", tolerance="1%", target="int8")
+        >>> callback.report is None
+        True
+    """
+
+    def __init__(
+        self,
+        monitor: str,
+        mode: str = "min",
+        tolerance: float | str = "1%",
+        target: str | dict[str, Any] | QuantTarget = "int8",
+        *,
+        when: str = "fit_end",
+        restore_best: bool = False,
+        module: str | None = None,
+        exclude: Sequence[str] = (),
+        remedies: Sequence[str] | None = None,
+        analysis: str = "race",
+        calibration: Any = "train",
+        calibration_batches: int = 16,
+        limit_batches: int | float = 1.0,
+        qat_epochs: int = 10,
+        qat_lr_factor: float = 0.1,
+        watch_every_n_epochs: int | None = None,
+        max_time: str | dict[str, int] | timedelta | None = None,
+        dirpath: str | Path | None = None,
+        export: Sequence[str] = (),
+        on_error: str = "warn",
+        verbose: bool = True,
+        quantizer: str | None = None,
+    ) -> None:
+        """Check the settings; nothing else happens before the Trainer calls."""
+        super().__init__()
+        self.settings: Settings = make_settings(
+            monitor=monitor,
+            mode=mode,
+            tolerance=tolerance,
+            target=target,
+            when=when,
+            exclude=exclude,
+            remedies=remedies,
+            analysis=analysis,
+            calibration=calibration,
+            max_time=max_time,
+            export=export,
+            on_error=on_error,
+            restore_best=restore_best,
+            module=module,
+            calibration_batches=calibration_batches,
+            limit_batches=limit_batches,
+            qat_epochs=qat_epochs,
+            qat_lr_factor=qat_lr_factor,
+            watch_every_n_epochs=watch_every_n_epochs,
+            verbose=verbose,
+        )
+        if quantizer is not None:
+            self.settings = replace(self.settings, target=replace(self.settings.target, quantizer=quantizer))
+        self.monitor = monitor
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.report: Report | None = None
+        self._loader = calibration if self.settings.calibration is None else None
+        self._watched: Instrumentation | None = None
+        self._walking = False
+
+    @property
+    def state_key(self) -> str:
+        """Key of this callback's state in checkpoints, so that two targets can be diagnosed side by side."""
+        settings = self.settings
+        return self._generate_state_key(
+            monitor=settings.monitor, mode=settings.direction.value, target=settings.target.name
+        )
+
+    # When to walk.
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check what can be checked before training; walk, if it is to run before training."""
+        self._check_before_training(trainer, pl_module)
+        if self.settings.when is When.FIT_START:
+            self._walk(trainer, pl_module)
+
+    def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
+        """Warn early if validation does not log the monitored metric."""
+        logged = trainer.callback_metrics
+        if self._is_part_of(trainer) and logged and self.monitor not in logged:
+            compat.rank_zero_warn(
+                trainer,
+                f"QuantDebug(monitor={self.monitor!r}): the sanity check of validation did not log this metric. It logged "
+                f"{sorted(logged)}.",
+            )
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log what the score would be if the model were quantized now."""
+        every = self.settings.watch_every_n_epochs
+        if every is not None and (trainer.current_epoch + 1) % every == 0 and not trainer.fast_dev_run:
+            with self._harmless(trainer):
+                self._watch(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Walk after training, when every other callback has done its last work on the weights."""
+        if self.settings.when is When.FIT_END and not trainer.interrupted:
+            self._walk(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Walk after the validation of ``trainer.validate``."""
+        if trainer.state.fn == "validate":
+            self._check_directory(trainer)
+            self._walk(trainer, pl_module)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let go of the module."""
+        self._watched = None
+
+    def _is_part_of(self, trainer: Any) -> bool:
+        """Whether the Trainer runs for the user, and not for a tuner's trial that takes the callbacks out."""
+        return self in trainer.callbacks
+
+    def _check_before_training(self, trainer: Any, pl_module: Any) -> None:
+        """Raise for settings that could never work, before anything was trained."""
+        if self.settings.when is When.NEVER and self.settings.watch_every_n_epochs is None:
+            return
+        self._evaluator(trainer, pl_module).check()
+        if self.settings.module is not None and self.settings.module not in dict(pl_module.named_modules()):
+            Instrumentation(pl_module, self.settings.target, module=self.settings.module)
+        if self.settings.restore_best and _checkpoint_callback(trainer) is None:
+            raise SettingsError("`restore_best=True` needs a ModelCheckpoint among the callbacks, there is none.")
+        self._check_directory(trainer)
+
+    def _check_directory(self, trainer: Any) -> None:
+        """Raise if the directory can not be written."""
+        directory = self._directory(trainer)
+        if trainer.is_global_zero:
+            check_writable(directory)
+
+    # The walk.
+
+    def _walk(self, trainer: Any, pl_module: Any) -> None:
+        """Walk, write what came out, and say it."""
+        if self._walking or not self._is_part_of(trainer):
+            return
+        self._walking = True
+        try:
+            with self._harmless(trainer), _best_weights(trainer, pl_module, self.settings.restore_best):
+                self._diagnose(trainer, pl_module)
+        finally:
+            self._walking = False
+
+    def _diagnose(self, trainer: Any, pl_module: Any) -> None:
+        """One walk with progress, whatever it ends with."""
+        directory = self._directory(trainer)
+        rank_zero = trainer.is_global_zero
+        with Progress(EVALUATIONS, verbose=self.settings.verbose, rank_zero=rank_zero, position=1) as progress:
+            diagnosis = Diagnosis(
+                self._evaluator(trainer, pl_module),
+                self._evaluator(trainer, pl_module, limit_batches=1.0),
+                self.settings,
+                self._loader,
+                progress.describe,
+                progress.advance,
+            )
+            try:
+                self.report = diagnosis.walk()
+            except (Exception, KeyboardInterrupt):
+                error = traceback.format_exc()
+                self.report = replace(diagnosis.report, verdict=Verdict.FAILED, error=error)
+                raise
+            finally:
+                if self.report is not None:
+                    self._write(trainer, directory, diagnosis)
+        self._say(trainer, diagnosis)
+
+    def _evaluator(self, trainer: Any, pl_module: Any, limit_batches: int | float | None = None) -> Evaluator:
+        """What runs the user's validation."""
+        limit = self.settings.limit_batches if limit_batches is None else limit_batches
+        return Evaluator(trainer, pl_module, self.monitor, limit_batches=limit)
+
+    def _write(self, trainer: Any, directory: Path, diagnosis: Diagnosis) -> None:
+        """Write the report's files and the TensorBoard pages on rank zero."""
+        assert self.report is not None
+        if not trainer.is_global_zero:
+            return
+        with ReviewWriter(trainer, directory) as writer:
+            files = {
+                "report.json": str(directory / "report.json"),
+                "report.md": str(directory / "report.md"),
+                "tensorboard": writer.log_dir,
+            }
+            self.report = replace(self.report, final=replace(self.report.final, files=files))
+            self.report.to_json(files["report.json"])
+            write_atomically(files["report.md"], to_markdown(self.report))
+            writer.write_report(self.report, trainer.global_step)
+            for kind in Kind:
+                writer.write_histograms(diagnosis.histograms(kind), kind, trainer.global_step)
+
+    def _say(self, trainer: Any, diagnosis: Diagnosis) -> None:
+        """Print the summary and the warnings."""
+        assert self.report is not None
+        check = self.report.steps[0] if self.report.steps else None
+        for warning in check.details.get("warnings", []) if check is not None else []:
+            compat.rank_zero_warn(trainer, f"QuantDebug: {warning}")
+        declared = diagnosis.evaluator.higher_is_better()
+        if declared is not None and declared is not (self.settings.direction is Direction.MAX):
+            right = "max" if declared else "min"
+            compat.rank_zero_warn(
+                trainer,
+                f"QuantDebug(mode={self.settings.direction.value!r}) contradicts the metric behind {self.monitor!r}, whose "
+                f"`higher_is_better` is {declared}: pass mode={right!r}, or losses count as gains.",
+            )
+        if self.settings.verbose and trainer.is_global_zero:
+            print(summary(self.report), flush=True)
+
+    def _directory(self, trainer: Any) -> Path:
+        """Where this callback writes; called on every rank, as ``trainer.log_dir`` asks the others."""
+        log_dir = trainer.log_dir
+        return self.dirpath or Path(log_dir or trainer.default_root_dir) / "quantdebug"
+
+    @contextmanager
+    def _harmless(self, trainer: Any) -> Iterator[None]:
+        """Turn a failure of the tool into a warning, unless the user wants it raised."""
+        if self.settings.on_error is OnError.RAISE:
+            yield
+            return
+        try:
+            yield
+        except Exception as error:
+            compat.rank_zero_warn(
+                trainer,
+                f"QuantDebug failed, your run and your model are unharmed: {type(error).__name__}: {error} "
+                "(on_error='raise' shows the traceback; so does report.json).",
+            )
+
+    # The watch.
+
+    def _watch(self, trainer: Any, pl_module: Any) -> None:
+        """Set ranges on few batches, evaluate the quantized model, and log the score."""
+        evaluator = self._evaluator(trainer, pl_module)
+        loader = calibration_loader(self.settings, self._loader)
+        settings = self.settings
+        if self._watched is None:
+            session = Instrumentation(pl_module, settings.target, module=settings.module, exclude=settings.exclude)
+            capture(session, evaluator, loader)
+            self._watched = session
+        set_ranges(self._watched, evaluator, loader, min(WATCH_BATCHES, settings.calibration_batches))
+        with self._watched.modes(Mode.QUANTIZE):
+            score = evaluator.run(self._watched.around_step).score
+        with ReviewWriter(trainer, self._directory(trainer)) as writer:
+            writer.write_watch(self.monitor, score, trainer.global_step)
+
+
+def _checkpoint_callback(trainer: Any) -> Any:
+    """The first ModelCheckpoint of the Trainer, ``None`` if there is none."""
+    return next((c for c in trainer.callbacks if compat.foreign_isinstance(c, "ModelCheckpoint")), None)
+
+
+@contextmanager
+def _best_weights(trainer: Any, pl_module: Any, wanted: bool) -> Iterator[None]:
+    """The best weights of ModelCheckpoint in the module until the block ends; then the module has its own back.
+
+    Raises:
+        EvaluationError: If there is no best checkpoint or it can not be read.
+    """
+    callback = _checkpoint_callback(trainer) if wanted else None
+    if not wanted or (callback is None and trainer.state.fn != "fit"):
+        yield
+        return
+    path = getattr(callback, "best_model_path", "")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise EvaluationError(
+            f"`restore_best=True`, but the best checkpoint {path!r} can not be read: {error}."
+        ) from error
+    before = {name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()}
+    try:
+        pl_module.load_state_dict(checkpoint["state_dict"])
+        yield
+    finally:
+        pl_module.load_state_dict(before)
+
+
+def check_writable(directory: Path) -> None:
+    """Raise unless files can be made in ``directory``; it is made if it does not exist.
+
+    Raises:
+        ReportError: If they can not.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=directory, prefix=".quantdebug")
+        os.close(handle)
+        os.unlink(name)
+    except OSError as error:
+        raise ReportError(
+            f"Can not write to {str(directory)!r}: {error}. Give `dirpath` a writable directory."
+        ) from error
+
+
+def diagnose(trainer: Any, model: Any, datamodule: Any = None, **settings: Any) -> Report:
+    """Diagnose an existing model with ``trainer.validate``, without adding the callback to the Trainer for good.
+
+    Args:
+        trainer: A Trainer that is not running.
+        model: The LightningModule.
+        datamodule: Its data, where the module does not bring it: a LightningDataModule or validation DataLoaders.
+        settings: Those of :class:`QuantDebug`; ``monitor`` is required.
+
+    Returns:
+        The report.
+
+    Raises:
+        SettingsError: If a setting can not be used.
+        EvaluationError: If the model can not be evaluated.
+    """
+    callback = QuantDebug(**{"on_error": "raise", **settings})
+    trainer.callbacks.append(callback)
+    is_datamodule = hasattr(datamodule, "val_dataloader")
+    try:
+        trainer.validate(
+            model, datamodule=datamodule if is_datamodule else None, dataloaders=None if is_datamodule else datamodule
+        )
+    finally:
+        trainer.callbacks.remove(callback)
+    if callback.report is None:
+        raise QuantDebugError("trainer.validate ended without a walk: does the Trainer run validation at all?")
+    return callback.report

@@ -1,0 +1,402 @@
+"""Walks through the flow chart: does what :mod:`lightning_quantdebug.flowchart` decides and writes down what it learned.
+
+The report is the only memory: each step takes what it needs from it and adds one record.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lightning_quantdebug.calibration import calibration_loader, capture, set_ranges
+from lightning_quantdebug.evaluation import Evaluation, Evaluator
+from lightning_quantdebug.flowchart import final_verdict, judge, next_step
+from lightning_quantdebug.fp32_check import Fp32Check, Reference
+from lightning_quantdebug.instrument import Instrumentation
+from lightning_quantdebug.observer import Histogram
+from lightning_quantdebug.own_quantizers import find_own_quantizers, own_quantizers
+from lightning_quantdebug.quantizer import Quantizer
+from lightning_quantdebug.report import (
+    Baseline,
+    Cause,
+    Final,
+    Finding,
+    QuantizerSetting,
+    Report,
+    Step,
+    StepName,
+    StepVerdict,
+)
+from lightning_quantdebug.settings import Direction, Settings
+from lightning_quantdebug.statistics import paired_interval, samples_to_resolve
+from lightning_quantdebug.target import Kind, Mode
+
+# Evaluations of one walk, for the progress bar: FP32 twice, recording, observing, six runs of one batch, two full runs
+# of the sanity check, activations, weights, both, and the whole model.
+EVALUATIONS = 15
+
+
+class Diagnosis:
+    """One walk on one model.
+
+    Args:
+        evaluator: Runs the user's validation; made with ``limit_batches``.
+        acceptance: Runs the user's validation in full, for the last word.
+        settings: The settings.
+        given_loader: The calibration loader, where the user gave one.
+        describe: Called with the name of each step as it begins.
+        advance: Called after each evaluation.
+
+    Attributes:
+        report: What is known so far; of use also after an exception.
+        session: The instrumentation, once the model was captured.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        acceptance: Evaluator,
+        settings: Settings,
+        given_loader: Any = None,
+        describe: Callable[[str], None] = lambda step: None,
+        advance: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Nothing runs yet."""
+        self.evaluator = evaluator
+        self.acceptance = acceptance
+        self.settings = settings
+        self.loader = calibration_loader(settings, given_loader)
+        self.describe = describe
+        self.advance = advance
+        self.root: torch.nn.Module = evaluator.pl_module
+        self.report = Report(settings=settings.to_dict(), environment=environment(self.root, evaluator.seed))
+        self.session: Instrumentation | None = None
+        self._reference: Evaluation | None = None
+        self._own = find_own_quantizers(self.root)
+        self._steps: dict[StepName, Callable[[], Step]] = {
+            StepName.FP32_CHECK: self._fp32_check,
+            StepName.ACTIVATIONS: self._activations,
+            StepName.WEIGHTS: self._weights,
+            StepName.QUANTIZE_MODEL: self._quantize_model,
+        }
+
+    def walk(self) -> Report:
+        """Walk to the end of the chart.
+
+        Returns:
+            The report with its verdict; files and TensorBoard are the caller's business.
+        """
+        self.evaluator.check()
+        with own_quantizers(self._own, enabled=False):
+            while (decision := next_step(self.report, frozenset(self._steps))) is not None:
+                if decision.runs:
+                    self._do(decision.step)
+                else:
+                    self.report = self.report.with_step(Step(decision.step, decision.verdict, advice=decision.advice))
+        self._finish()
+        return self.report
+
+    def _do(self, step: StepName) -> None:
+        """Carry out one step and record it."""
+        self.describe(step.value)
+        started = time.monotonic()
+        record = self._steps[step]()
+        advice = record.advice or record.verdict.advice
+        self.report = self.report.with_step(replace(record, advice=advice, seconds=time.monotonic() - started))
+
+    # The steps.
+
+    def _fp32_check(self) -> Step:
+        """FP32 twice, then record, calibrate and check the pipeline."""
+        reference = self._measure(None)
+        repeated = self._measure(None, model_seed=1)
+        self._reference = reference
+        self.report = replace(self.report, baseline=Baseline(reference.score, reference.samples))
+        self.session = self._calibrated_session()
+        floor = abs(reference.score - repeated.score)
+        check = Fp32Check(self.session, self.evaluator, self._own, self.advance)
+        finding = check.run(Reference(reference, floor))
+        warnings = chance_warning(self.session, self.settings, reference)
+        details: dict[str, Any] = {"repeated_score": repeated.score, "warnings": warnings}
+        if finding is None:
+            return Step(StepName.FP32_CHECK, StepVerdict.PASSED, reference.score, 0.0, None, details=details)
+        self.report = self.report.with_findings(finding)
+        return Step(
+            StepName.FP32_CHECK, StepVerdict.BROKEN, reference.score, None, None, finding.evidence, details=details
+        )
+
+    def _calibrated_session(self) -> Instrumentation:
+        """Quantizers on the model, in bypass, with ranges."""
+        settings = self.settings
+        session = Instrumentation(self.root, settings.target, module=settings.module, exclude=settings.exclude)
+        capture(session, self.evaluator, self.loader)
+        self.advance()
+        samples = set_ranges(session, self.evaluator, self.loader, settings.calibration_batches)
+        self.advance()
+        self.report = replace(
+            self.report, coverage=session.coverage, settings={**self.report.settings, "calibration_samples": samples}
+        )
+        self._note_coverage(session)
+        return session
+
+    def _note_coverage(self, session: Instrumentation) -> None:
+        """Findings on what can not be simulated."""
+        own = [quantizer.path for quantizer in self._own]
+        if own:
+            self.report = self.report.with_findings(
+                Finding(Cause.NOT_QUANTIZED, f"the model's own quantizers are bypassed during the walk: {own}")
+            )
+        for path in session.topology.opaque_modules:
+            self.report = self.report.with_findings(
+                Finding(Cause.NOT_QUANTIZED, f"the operations inside {path} can not be seen, so they run in FP32", path)
+            )
+        for quantizer in session.quantizers.values():
+            if quantizer.observer.non_finite:
+                count = quantizer.observer.non_finite
+                evidence = f"calibration saw {count} values that are NaN or infinite; ranges ignore them"
+                self.report = self.report.with_findings(Finding(Cause.NON_FINITE, evidence, quantizer.name))
+
+    def _activations(self) -> Step:
+        """Only the activations quantized."""
+        return self._quantized_step(StepName.ACTIVATIONS, Kind.ACTIVATION)
+
+    def _weights(self) -> Step:
+        """Only the weights quantized; then both, so that the interaction shows."""
+        step = self._quantized_step(StepName.WEIGHTS, Kind.WEIGHT)
+        both = self._quantized_step(StepName.QUANTIZE_MODEL, None)
+        activations = self.report.step(StepName.ACTIVATIONS)
+        details: dict[str, Any] = {
+            "both": {
+                "score": both.score,
+                "loss": both.loss,
+                "interval": both.interval,
+                "verdict": both.verdict.value,
+            }
+        }
+        if activations is not None and None not in (activations.loss, step.loss, both.loss):
+            details["interaction"] = both.loss - activations.loss - step.loss  # type: ignore[operator] # none is None
+        return replace(step, details=details)
+
+    def _quantized_step(self, name: StepName, kind: Kind | None) -> Step:
+        """The quantizers of one kind on, the others bypassed."""
+        session, reference = self._needs_session()
+        if not session.select(kind=kind):
+            advice = f"The target quantizes no {kind.value if kind else 'tensor'}: nothing to measure."
+            return Step(name, StepVerdict.PASSED, reference.score, 0.0, (0.0, 0.0), advice)
+        with session.modes(Mode.QUANTIZE, kind=kind):
+            evaluation = self._measure(session)
+        return self._judged(name, reference, evaluation)
+
+    def _quantize_model(self) -> Step:
+        """The whole model at its final settings, on the full validation set."""
+        session, reference = self._needs_session()
+        if self.settings.limit_batches != 1.0:
+            reference = self.acceptance.run()
+            self.report = replace(self.report, baseline=Baseline(reference.score, reference.samples))
+        with session.modes(Mode.QUANTIZE):
+            evaluation = self.acceptance.run(session.around_step)
+        self.advance()
+        step = self._judged(StepName.QUANTIZE_MODEL, reference, evaluation)
+        self._note_samples(step, evaluation)
+        if step.verdict is StepVerdict.NOISE:
+            advice = (
+                "The loss exceeds the tolerance, but with these samples it can not be told from zero. Validate on more samples "
+                "before you accept or repair."
+            )
+            return replace(step, advice=advice)
+        if step.verdict is StepVerdict.FAILED:
+            return replace(step, advice=self._advice_on_failure())
+        return step
+
+    def _advice_on_failure(self) -> str:
+        """Which box costs the score, and the cheapest thing to try next."""
+        weights, activations = (self.report.step(name) for name in (StepName.WEIGHTS, StepName.ACTIVATIONS))
+        guilty = [
+            step.step.value
+            for step in (weights, activations)
+            if step is not None and step.verdict is StepVerdict.FAILED
+        ]
+        where = " and ".join(guilty) or "the two together, neither of them alone"
+        tries = {
+            "weights": "per-channel weights, or more weight bits",
+            "activations": "calibrate on more batches, range setting 'mse', or more activation bits",
+        }
+        advice = "; ".join(tries[name] for name in guilty) or "more bits for weights or for activations"
+        return f"The loss exceeds the tolerance; it comes from {where}. The next cheapest thing to try: {advice}."
+
+    # Numbers.
+
+    def _measure(self, session: Instrumentation | None, model_seed: int = 0) -> Evaluation:
+        """One evaluation, in FP32 without a session."""
+        around = session.around_step if session is not None else None
+        evaluation = self.evaluator.run(around, model_seed=model_seed)
+        self.advance()
+        return evaluation
+
+    def _needs_session(self) -> tuple[Instrumentation, Evaluation]:
+        """What the sanity check left behind."""
+        assert self.session is not None
+        assert self._reference is not None
+        return self.session, self._reference
+
+    def _judged(self, name: StepName, reference: Evaluation, evaluation: Evaluation) -> Step:
+        """A step from its score."""
+        direction = self.settings.direction
+        loss = direction.loss(reference.score, evaluation.score)
+        interval = loss_interval(reference, evaluation, direction)
+        permitted = self.settings.tolerance.permitted_loss(reference.score)
+        return Step(name, judge(loss, interval, permitted), evaluation.score, loss, interval)
+
+    def _note_samples(self, step: Step, evaluation: Evaluation) -> None:
+        """Say when the validation set is too small to resolve the tolerance, and which size would do."""
+        reference = self.report.baseline
+        if reference is None or step.interval is None or not evaluation.samples:
+            return
+        permitted = self.settings.tolerance.permitted_loss(reference.score)
+        half_width = (step.interval[1] - step.interval[0]) / 2
+        if permitted > 0 and half_width > permitted:
+            needed = samples_to_resolve(evaluation.samples, step.interval, permitted)
+            evidence = (
+                f"the loss is known to ±{half_width:.3g} with {evaluation.samples} samples, the tolerance is {permitted:.3g}; "
+                f"about {needed} samples would resolve it"
+            )
+            self.report = self.report.with_findings(Finding(Cause.TOO_FEW_SAMPLES, evidence))
+
+    # The end.
+
+    def _finish(self) -> None:
+        """Coverage, final settings and verdict."""
+        verdict = final_verdict(self.report)
+        whole = self.report.step(StepName.QUANTIZE_MODEL)
+        final = Final()
+        if self.session is not None:
+            self._note_unseen(self.session)
+            settings = {name: setting_of(quantizer) for name, quantizer in self.session.quantizers.items()}
+            final = Final(settings=settings)
+            if whole is not None:
+                final = replace(final, score=whole.score, loss=whole.loss, interval=whole.interval)
+        self.report = replace(self.report, verdict=verdict, final=final)
+
+    def _note_unseen(self, session: Instrumentation) -> None:
+        """Coverage at the end, with what ran without having been recorded."""
+        coverage = session.coverage
+        self.report = replace(self.report, coverage=coverage)
+        if coverage.unseen:
+            evidence = f"operations ran in validation that calibration never met, in FP32: {list(coverage.unseen[:10])}"
+            self.report = self.report.with_findings(Finding(Cause.NOT_QUANTIZED, evidence))
+
+    def histograms(self, kind: Kind) -> Mapping[str, Histogram]:
+        """Histogram of each tensor that calibration saw."""
+        if self.session is None:
+            return {}
+        return {q.name: q.observer.histogram for q in self.session.select(kind=kind) if q.observer.count}
+
+
+def loss_interval(reference: Evaluation, evaluation: Evaluation, direction: Direction) -> tuple[float, float] | None:
+    """Confidence interval of the loss from the batches' paired differences.
+
+    Returns:
+        The interval, centred so that it belongs to the loss of the whole score; ``None`` where the metric has no value
+        per batch or the batches do not correspond.
+    """
+    if reference.batches is None or evaluation.batches is None or len(reference.batches) != len(evaluation.batches):
+        return None
+    pairs = list(zip(reference.batches, evaluation.batches, strict=True))
+    differences = [direction.loss(before.value, after.value) for before, after in pairs]
+    weights = [after.weight for _, after in pairs]
+    interval = paired_interval(differences, weights)
+    if interval is None:
+        return None
+    # A score that is no plain mean over samples (macro averages, say) differs from the mean over batches.
+    mean = sum(d * w for d, w in zip(differences, weights, strict=True)) / sum(weights)
+    shift = direction.loss(reference.score, evaluation.score) - mean
+    return interval[0] + shift, interval[1] + shift
+
+
+def setting_of(quantizer: Quantizer) -> QuantizerSetting:
+    """Plain numbers of a quantizer's final setting."""
+    encoding, spec = quantizer.encoding, quantizer.spec
+    seen = quantizer.observer.count > 0
+    zero_points = set() if encoding is None else set(encoding.zero_point.flatten().tolist())
+    return QuantizerSetting(
+        name=quantizer.name,
+        kind=quantizer.kind.value,
+        bit_width=spec.bit_width,
+        symmetric=spec.symmetric,
+        granularity=spec.granularity.value,
+        range_min=None if encoding is None else float(encoding.range_min.min()),
+        range_max=None if encoding is None else float(encoding.range_max.max()),
+        scale=None if encoding is None else float(encoding.scale.max()),
+        zero_point=zero_points.pop() if len(zero_points) == 1 else None,
+        observed_min=quantizer.observer.range_min if seen else None,
+        observed_max=quantizer.observer.range_max if seen else None,
+        channels=1 if encoding is None else encoding.scale.numel(),
+    )
+
+
+def environment(root: torch.nn.Module, seed: int) -> dict[str, Any]:
+    """Versions, device and seed of the walk."""
+    packages = ("lightning-quantdebug", "torch", "pytorch-lightning", "lightning", "torchmetrics", "numpy")
+    versions = {name: version for name in packages if (version := _version(name)) is not None}
+    device = next((parameter.device for parameter in root.parameters()), torch.device("cpu"))
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "device": str(device),
+        "seed": seed,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _version(package: str) -> str | None:
+    """Version of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def chance_warning(session: Instrumentation, settings: Settings, reference: Evaluation) -> list[str]:
+    """A warning if the FP32 score is what guessing gives: the model was probably never trained, or not loaded.
+
+    The number of classes ``C`` is taken from the width of the network's last output. Guessing has an accuracy of
+    ``1 / C`` and a cross-entropy of ``ln C``; names of the metric tell which it is. Three standard errors of margin.
+    """
+    classes = output_width(session)
+    score, samples = reference.score, reference.samples or 0
+    if classes is None or not samples:
+        return []
+    by_guessing = 1 / max(classes, 2)
+    margin = 3 * math.sqrt(by_guessing * (1 - by_guessing) / samples)
+    is_rate = settings.direction is Direction.MAX and re.search(r"acc|auroc|auc|f1", settings.monitor, re.IGNORECASE)
+    is_loss = settings.direction is Direction.MIN and re.search(
+        r"loss|entropy|nll|ce\b", settings.monitor, re.IGNORECASE
+    )
+    if is_rate and 0 <= score <= by_guessing + margin:
+        guess = f"1/{max(classes, 2)} by guessing"
+    elif is_loss and classes > 1 and abs(score - math.log(classes)) <= 0.02 * math.log(classes):
+        guess = f"ln({classes}) = {math.log(classes):.3g} by guessing"
+    else:
+        return []
+    return [
+        f"The FP32 score {settings.monitor} = {score:.4g} is about what guessing gives ({guess}): was the model trained, and "
+        "were its weights loaded? What quantization costs an untrained model says nothing."
+    ]
+
+
+def output_width(session: Instrumentation) -> int | None:
+    """Width of the last output that carries a quantizer."""
+    quantized = {spot.key for site in session.plan.sites for spot in site.places if spot.slot is None}
+    shared = session.topology.shared_keys()
+    run = session.topology.runs[0] if session.topology.runs else []
+    last = next((operation for operation in reversed(run) if shared[operation.key] in quantized), None)
+    shape = last.outputs[0].shape if last is not None and last.outputs else ()
+    return shape[-1] if len(shape) == 2 else None
