@@ -1,7 +1,8 @@
 """The callback: one more entry in ``Trainer(callbacks=[...])``.
 
-It holds no arithmetic. It decides *when* to walk, hands the Trainer to :class:`~lightning_quantdebug.diagnosis.Diagnosis`,
-and writes what came out. The Trainer, the LightningModule and everything that they own are given back as they were.
+It holds no arithmetic. It decides *when* to walk, hands the Trainer to
+:class:`~lightning_quantdebug.diagnosis.Diagnosis`, and writes what came out. The Trainer, the LightningModule and
+everything that they own are given back as they were.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lightning_quantdebug.diagnosis import EVALUATIONS, Diagnosis
 from lightning_quantdebug.errors import EvaluationError, QuantDebugError, ReportError, SettingsError
 from lightning_quantdebug.evaluation import Evaluator
 from lightning_quantdebug.instrument import Instrumentation
+from lightning_quantdebug.lightning_compat import CallbackBase
 from lightning_quantdebug.report import Report, Verdict, write_atomically
 from lightning_quantdebug.report_markdown import to_markdown
 from lightning_quantdebug.settings import Direction, OnError, Settings, When, make_settings
@@ -35,7 +37,7 @@ from lightning_quantdebug.tensorboard import ReviewWriter
 WATCH_BATCHES = 4
 
 
-class QuantDebug(compat.CallbackBase):
+class QuantDebug(CallbackBase):
     """Find out whether a model survives quantization, what breaks it, and where.
 
     Add it to the Trainer's callbacks. At the end of ``trainer.fit``, or of ``trainer.validate``, it walks through the
@@ -145,9 +147,10 @@ class QuantDebug(compat.CallbackBase):
     def state_key(self) -> str:
         """Key of this callback's state in checkpoints, so that two targets can be diagnosed side by side."""
         settings = self.settings
-        return self._generate_state_key(
+        key: str = self._generate_state_key(
             monitor=settings.monitor, mode=settings.direction.value, target=settings.target.name
         )
+        return key
 
     # When to walk.
 
@@ -163,8 +166,8 @@ class QuantDebug(compat.CallbackBase):
         if self._is_part_of(trainer) and logged and self.monitor not in logged:
             compat.rank_zero_warn(
                 trainer,
-                f"QuantDebug(monitor={self.monitor!r}): the sanity check of validation did not log this metric. It logged "
-                f"{sorted(logged)}.",
+                f"QuantDebug(monitor={self.monitor!r}): the sanity check of validation did not log this metric. It "
+                f"logged {sorted(logged)}.",
             )
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -281,8 +284,8 @@ class QuantDebug(compat.CallbackBase):
             right = "max" if declared else "min"
             compat.rank_zero_warn(
                 trainer,
-                f"QuantDebug(mode={self.settings.direction.value!r}) contradicts the metric behind {self.monitor!r}, whose "
-                f"`higher_is_better` is {declared}: pass mode={right!r}, or losses count as gains.",
+                f"QuantDebug(mode={self.settings.direction.value!r}) contradicts the metric behind {self.monitor!r}, "
+                f"whose `higher_is_better` is {declared}: pass mode={right!r}, or losses count as gains.",
             )
         if self.settings.verbose and trainer.is_global_zero:
             print(summary(self.report), flush=True)

@@ -1,4 +1,4 @@
-"""Walks through the flow chart: does what :mod:`lightning_quantdebug.flowchart` decides and writes down what it learned.
+"""Walks through the flow chart: does what :mod:`~lightning_quantdebug.flowchart` decides, notes what it learned.
 
 The report is the only memory: each step takes what it needs from it and adds one record.
 """
@@ -208,8 +208,8 @@ class Diagnosis:
         self._note_samples(step, evaluation)
         if step.verdict is StepVerdict.NOISE:
             advice = (
-                "The loss exceeds the tolerance, but with these samples it can not be told from zero. Validate on more samples "
-                "before you accept or repair."
+                "The loss exceeds the tolerance, but with these samples it can not be told from zero. Validate on more "
+                "samples before you accept or repair."
             )
             return replace(step, advice=advice)
         if step.verdict is StepVerdict.FAILED:
@@ -265,8 +265,8 @@ class Diagnosis:
         if permitted > 0 and half_width > permitted:
             needed = samples_to_resolve(evaluation.samples, step.interval, permitted)
             evidence = (
-                f"the loss is known to ±{half_width:.3g} with {evaluation.samples} samples, the tolerance is {permitted:.3g}; "
-                f"about {needed} samples would resolve it"
+                f"the loss is known to ±{half_width:.3g} with {evaluation.samples} samples, the tolerance is "
+                f"{permitted:.3g}; about {needed} samples would resolve it"
             )
             self.report = self.report.with_findings(Finding(Cause.TOO_FEW_SAMPLES, evidence))
 
@@ -387,8 +387,8 @@ def chance_warning(session: Instrumentation, settings: Settings, reference: Eval
     else:
         return []
     return [
-        f"The FP32 score {settings.monitor} = {score:.4g} is about what guessing gives ({guess}): was the model trained, and "
-        "were its weights loaded? What quantization costs an untrained model says nothing."
+        f"The FP32 score {settings.monitor} = {score:.4g} is about what guessing gives ({guess}): was the model "
+        "trained, and were its weights loaded? What quantization costs an untrained model says nothing."
     ]
 
 

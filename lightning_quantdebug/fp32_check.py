@@ -114,8 +114,8 @@ class Fp32Check:
             if operation.category is Category.BATCH_NORM and training and len(_statistics(operation.inputs)) > 1:
                 return _broken(
                     operation.name,
-                    f"the batch normalization {operation.name} uses the statistics of the batch during validation: it is "
-                    "in train mode, so that a sample's output depends on the samples beside it",
+                    f"the batch normalization {operation.name} uses the statistics of the batch during validation: "
+                    "it is in train mode, so that a sample's output depends on the samples beside it",
                 )
         return None
 
@@ -129,8 +129,8 @@ class Fp32Check:
             return None
         return Finding(
             Cause.NONDETERMINISTIC_MODEL,
-            f"two runs of the same batch first part at {parting.name} (relative error {parting.error:.2g}): dropout left "
-            "on, random numbers, or state that changes from call to call",
+            f"two runs of the same batch first part at {parting.name} (relative error {parting.error:.2g}): dropout "
+            "left on, random numbers, or state that changes from call to call",
             parting.name,
         )
 
@@ -158,8 +158,8 @@ class Fp32Check:
                 state = "at 32 bits" if enabled else "bypassed"
                 return _broken(
                     parting.name,
-                    f"the model's own quantizer {parting.name} changes its tensor by {parting.error:.2g} (relative) though "
-                    f"it is {state}",
+                    f"the model's own quantizer {parting.name} changes its tensor by {parting.error:.2g} (relative) "
+                    f"though it is {state}",
                 )
         return None
 
@@ -182,7 +182,8 @@ class Fp32Check:
             return None
         return _broken(
             parting.name,
-            f"with every quantizer bypassed the output of {parting.name} differs from FP32 by {parting.error:.2g} (relative)",
+            f"with every quantizer bypassed the output of {parting.name} differs from FP32 by {parting.error:.2g} "
+            "(relative)",
         )
 
     def _bypassed_score(self, reference: Reference) -> Finding | None:
@@ -216,8 +217,8 @@ class Fp32Check:
             return None
         return _broken(
             parting.name,
-            f"with every quantizer at 32 bits the outputs first part at {parting.name}: relative error {parting.error:.2g}, "
-            f"where float noise is below {bound:g}",
+            f"with every quantizer at 32 bits the outputs first part at {parting.name}: relative error "
+            f"{parting.error:.2g}, where float noise is below {bound:g}",
         )
 
     def _score_at_32_bits(self, reference: Reference) -> Finding | None:

@@ -61,7 +61,7 @@ def own_quantizers(found: list[OwnQuantizer], enabled: bool, bit_width: int | No
     before: list[tuple[nn.Module, str, Any]] = []
     try:
         for quantizer in found:
-            module = quantizer.module
+            module: Any = quantizer.module
             switch = getattr(module, "fake_quant_enabled", None)
             if isinstance(switch, Tensor):
                 before.append((module, "fake_quant_enabled", switch.clone()))

@@ -86,7 +86,7 @@ def _compared(output: Any) -> Iterator[Tensor]:
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """``|value - reference| / |reference|`` in the Euclidean norm, in float64; equal NaNs and infinities count as equal.
+    """``|value - reference| / |reference|`` in the Euclidean norm, in float64; equal infinities count as equal.
 
     Args:
         value: Any shape.
