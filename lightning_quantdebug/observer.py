@@ -261,7 +261,7 @@ def _rebinned(
 ) -> NDArray[np.int64]:
     """The same counts in bins that are as wide or wider and begin elsewhere."""
     (filled,) = counts.nonzero()
-    joined = (filled + first) >> min(new_exponent - exponent, 62)
+    joined = (filled + first) >> (new_exponent - exponent)
     rebinned = np.zeros_like(counts)
     np.add.at(rebinned, joined - new_first, counts[filled])
     return rebinned

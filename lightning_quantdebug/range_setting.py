@@ -30,22 +30,20 @@ class _Search:
     Attributes:
         ratio: From one share to the next on the coarse grid.
         count: Shares on the coarse grid, from 1 down.
-        starts: Best coarse pairs that are refined, as rounding the zero point makes several hollows.
         refinements: How often the ratio is brought down to its ``reach``-th root.
         reach: Shares tried to each side of the best at each refinement.
     """
 
     ratio: float
     count: int
-    starts: int
     refinements: int
     reach: int
 
 
 # Shares down to 2^-9: at 8 bits, a bulk that is narrower still falls on a single level of the whole range.
-_OF_HISTOGRAM = {False: _Search(2**0.5, 19, 4, 3, 3), True: _Search(2**0.125, 73, 4, 2, 4)}
+_OF_HISTOGRAM = {False: _Search(2**0.5, 19, 3, 3), True: _Search(2**0.125, 73, 2, 4)}
 # Weights have shorter tails, and each candidate is a pass over all of them: shares down to 1/8 and 1/20.
-_OF_WEIGHT = {False: _Search(1.3, 9, 2, 2, 2), True: _Search(1.08, 40, 2, 1, 4)}
+_OF_WEIGHT = {False: _Search(1.3, 9, 2, 2), True: _Search(1.08, 40, 1, 4)}
 """By whether the grid is symmetric."""
 
 
@@ -74,9 +72,8 @@ def range_from_observer(observer: Observer, spec: QuantSpec) -> tuple[Tensor, Te
     histogram = observer.histogram
     filled = histogram.counts > 0
     edges = histogram.lower_edges[filled]
-    # A bin stands for its middle; but the one from 0 on holds what ReLU has cut off, half of all values, exactly 0.
-    points = torch.where(edges == 0, 0.0, edges + histogram.bin_width / 2)
-    points = points.float().clamp(low, high)
+    # A bin stands for its middle. It is off by at most half a bin, at 8 bits a sixteenth of a step or less.
+    points = (edges + histogram.bin_width / 2).float().clamp(low, high)
     best = _least_error(points[None], histogram.counts[filled].float(), low[None], high[None], spec, _OF_HISTOGRAM)
     return best[0][0], best[1][0]
 
@@ -169,7 +166,7 @@ def _least_error(
     errors = _errors(rows, weights, shares * whole, spec)
     ratio = search.ratio
     for _ in range(search.refinements):
-        best = shares.take_along_dim(errors.topk(search.starts, largest=False).indices[..., None], 1)
+        best = shares.take_along_dim(errors.argmin(1)[:, None, None], 1)
         ratio **= 1 / search.reach
         factors = torch.tensor([ratio**index for index in range(-search.reach, search.reach + 1)], device=rows.device)
         finer = (best[:, :, None] * _pairs(factors, whole, spec.symmetric)).flatten(1, 2).clamp(max=1.0)

@@ -63,11 +63,16 @@ def test_every_finite_range_gives_a_grid_with_zero(first, second, bit_width, sym
         assert encoding.range_max.item() >= high.item() - step / 2
 
 
-def test_range_of_lowest_float_keeps_a_finite_grid():
-    lowest = torch.finfo(torch.float32).min
-    encoding = encoding_from_range(tensor(lowest), tensor(10.0), QuantSpec(8))
+@pytest.mark.parametrize("bit_width", [2, 8, 16, 32])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("share", [0.0, 1e-37, 1.0])
+def test_range_of_lowest_float_keeps_a_finite_grid(bit_width, symmetric, share):
+    """Attention masks are filled with the lowest float."""
+    lowest, highest = torch.finfo(torch.float32).min, share * torch.finfo(torch.float32).max
+    encoding = encoding_from_range(tensor(lowest), tensor(highest), QuantSpec(bit_width, symmetric=symmetric))
     assert encoding.range_min.isfinite()
-    assert encoding.range_min.item() < 0.99 * lowest
+    assert encoding.range_max.isfinite()
+    assert encoding.range_min.item() < 0.49 * lowest
 
 
 def test_all_zero_tensor_gets_the_smallest_scale_whose_square_is_a_normal_float():

@@ -174,19 +174,20 @@ def test_gradient_is_autograd_of_the_definition_and_torch_mask(dtype, symmetric,
             assert torch.equal(gradient, torch.autograd.grad(kernel, x, incoming)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_gradient_mask_is_that_of_the_forward_pass_for_any_scale(symmetric):
+def test_gradient_mask_is_that_of_the_forward_pass_for_any_scale(symmetric, dtype):
     generator = torch.Generator().manual_seed(5)
     for case in range(100):
         encoding = random_encoding(QuantSpec(2 + case % 15, symmetric=symmetric), generator)
         for step in (encoding.lowest_step, encoding.highest_step):
-            middle = (step + 0.5 * step.sign()) * encoding.scale
-            x = middle + torch.arange(-20, 21) * (middle.abs() * 2**-24)
+            middle = ((step + 0.5 * step.sign()) * encoding.scale).to(dtype)
+            x = middle + torch.arange(-20, 21) * (middle.abs() * torch.finfo(dtype).eps / 2)
             steps = (x / encoding.scale).round()
             expected = (steps >= encoding.lowest_step) & (steps <= encoding.highest_step)
             x.requires_grad_()
             (gradient,) = torch.autograd.grad(fake_quantize(x, encoding).sum(), x)
-            assert torch.equal(gradient, expected.float())
+            assert torch.equal(gradient, expected.to(dtype))
 
 
 @pytest.mark.parametrize("axis", [None, 0])

@@ -160,16 +160,6 @@ def test_constant_tensors_stay_what_they_are(constant, symmetric, granularity):
     torch.testing.assert_close(result, x, rtol=1e-3, atol=1e-18)
 
 
-def test_relu_zeros_count_as_zeros_and_not_as_the_middle_of_a_bin():
-    x = torch.zeros(10_000)
-    x[:10] = torch.linspace(1, 10, 10)
-    observer = Observer(values_per_sample=None)
-    observer.observe(x)
-    spec = QuantSpec(3, range_setting=MSE)
-    ends = range_from_observer(observer, spec)
-    assert own_error(x, spec, ends) <= 1.005 * SortedValues(x).best(spec, 2000)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weight_that_is_not_finite_is_refused(value):
     message = "must have finite values to be given a range, got shape (2, 2) with 1 that are NaN or infinite"
