@@ -82,8 +82,8 @@ def _run(evaluator: Evaluator, around_step: Any, loader: Any, batches: int) -> i
             raise
         raise EvaluationError(
             f"`validation_step` failed on a calibration batch: {type(error).__name__}: {error}. Ranges are set by "
-            "running it on training batches; if those look different, pass calibration='val' or a DataLoader of batches "
-            "that `validation_step` takes."
+            "running it on training batches; if those look different, pass calibration='val' or a DataLoader of "
+            "batches that `validation_step` takes."
         ) from error
 
 

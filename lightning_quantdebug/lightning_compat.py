@@ -48,7 +48,9 @@ def _callback_base() -> type:
 
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Callback as CallbackBase
+    import pytorch_lightning
+
+    CallbackBase = pytorch_lightning.Callback
 else:
     CallbackBase = _callback_base()
 
@@ -135,10 +137,7 @@ def silent_loggers(trainer: TrainerLike, directory: str) -> list[Any]:
     """
     dummy: type = _member(trainer, "loggers.logger", "DummyLogger")
     folders = dict.fromkeys(("save_dir", "log_dir", "root_dir"), directory)
-    return [
-        type("SilentLogger", (dummy,), {**folders, "name": logger.name, "version": logger.version})()
-        for logger in trainer.loggers
-    ]
+    return [type("SilentLogger", (dummy,), folders)() for _ in trainer.loggers]
 
 
 def silent_profiler(trainer: TrainerLike) -> Any:
