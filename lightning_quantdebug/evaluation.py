@@ -145,7 +145,8 @@ class Evaluator:
                 Trainer's precision and parallel context. ``call()`` runs the user's step once; when it is called
                 again for the same batch, what the earlier call logged and changed in the module is undone first, so
                 that the last call counts. Returns what the step returned.
-            loader: ``None`` for the validation loaders, ``"train"`` for the training loader, or a DataLoader.
+            loader: ``None`` for the validation loaders, ``"train"`` for the training loader, a DataLoader (divided
+                among the ranks of a distributed run), or any other iterable of batches (seen whole by each rank).
             limit: Number (int) or share (float) of batches; default: ``limit_batches`` in validation, else all.
             model_seed: Seed of what is random in the step itself (dropout left on, say): each batch draws the same
                 numbers in every pass that has the same ``model_seed``.
@@ -160,7 +161,12 @@ class Evaluator:
         """
         if limit is not None:
             check_limit("limit", limit)
-        if isinstance(loader, str) and loader != "train":
+        is_name = isinstance(loader, str)
+        if (
+            (is_name and loader != "train")
+            or isinstance(loader, dict)
+            or not (loader is None or hasattr(loader, "__iter__"))
+        ):
             raise SettingsError(f"`loader` must be None, 'train' or a DataLoader, got {loader!r}.")
         if self.trainer in _running:
             raise EvaluationError("A validation pass was started inside another one. Start it after the first ended.")

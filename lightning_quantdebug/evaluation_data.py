@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from lightning_quantdebug import lightning_compat as compat
 from lightning_quantdebug.errors import EvaluationError
 from lightning_quantdebug.lightning_compat import LoopData, TrainerLike, replaced
-from lightning_quantdebug.loader_copies import copy_loader, limited
+from lightning_quantdebug.loader_copies import Batches, copy_loader, limited
 
 _CALIBRATE_OTHERWISE = 'Pass `calibration="val"` or a DataLoader.'
 
@@ -89,8 +91,9 @@ class EvaluationData:
 
     def _given(self, loader: Any) -> LoopData:
         """A loader of the user's, whole: the Trainer's limits are not meant for it."""
+        source = compat.new_source(self._loop(), loader if isinstance(loader, DataLoader) else Batches(loader))
         with replaced(self._trainer, "limit_train_batches", 1.0):
-            return self._prepare(compat.new_source(self._loop(), loader), "train", loader)
+            return self._prepare(source, "train", loader)
 
     def _prepare(self, source: Any, stage: str, key: Any) -> LoopData:
         """Loaders of a source, asked for once in the life of this object."""

@@ -165,7 +165,6 @@ _PRIVATE_ATTRIBUTES = (
     "validate_loop._results.update_metrics",
     "validate_loop._stage",
     "validate_loop._trainer_fn",
-    "validate_loop.batch_progress.current.completed",
 )
 _LOOP_ARGUMENTS = ("trainer", "trainer_fn", "stage", "verbose", "inference_mode")
 
@@ -330,16 +329,14 @@ def is_sequential(combined: Any) -> bool:
 
 
 def outer_validation(trainer: TrainerLike) -> str | None:
-    """Where the Trainer's own validation stands: ``None`` (none runs), ``"iterating"`` or ``"finished"``."""
+    """Where the Trainer's own validation stands: ``None`` (none runs), ``"iterating"`` or ``"finished"``.
+
+    In ``on_validation_epoch_end`` of a callback it is not finished: the module did not consume yet what its steps
+    collected, and weight averaging did not put the weights back.
+    """
     if trainer.state.stage not in ("validate", "sanity_check"):
         return None
-    loop = getattr(*validation_slot(trainer))
-    batches = loop.batch_progress.current
-    done = loop._data_fetcher is not None and loop._data_fetcher.done
-    finished = done and 0 < batches.ready == batches.completed
-    # In `on_validation_epoch_end` of a callback the module did not yet consume what its steps collected.
-    ended = finished and trainer.lightning_module._current_fx_name == "on_validation_end"
-    return "finished" if ended else "iterating"
+    return "finished" if trainer.lightning_module._current_fx_name == "on_validation_end" else "iterating"
 
 
 def settle_outer_validation(loop: Any, pl_module: ModuleLike) -> None:

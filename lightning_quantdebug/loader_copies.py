@@ -9,7 +9,7 @@ back.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,22 @@ from torch.utils.data import DataLoader
 from lightning_quantdebug.errors import SettingsError
 
 _SAMPLERS = ("sampler", "batch_sampler")
+
+
+class Batches:
+    """Batches in a list or another collection, as one loader: Lightning would take a list for several loaders."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        """Keep the collection, which is iterated anew in each pass."""
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        """Go through the batches."""
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        """Number of batches; a ``TypeError`` where the collection does not know it."""
+        return len(self._batches)  # type: ignore[arg-type] # the TypeError is what callers expect
 
 
 def copy_loader(loader: Any) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from functools import partial
@@ -35,6 +35,7 @@ _FOREIGN = (sys.stdlib_module_names - {"argparse", "collections", "types"}) | {
     "pytorch_lightning",
     "torch",
 }
+_SCALARS = (str, bytes, int, float, complex, bool, type(None))
 _OPAQUE = (type, ModuleType, FunctionType, MethodType, Enum, Dataset, DataLoader, Sampler)
 
 
@@ -75,7 +76,7 @@ class StateSnapshot:
 
     def _take(self, value: Any, is_root: bool = False) -> None:
         """Keep one value and queue what it holds."""
-        if id(value) in self._seen or isinstance(value, (str, bytes, int, float, complex, bool, type(None))):
+        if id(value) in self._seen or isinstance(value, _SCALARS):
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
@@ -115,6 +116,8 @@ class StateSnapshot:
     def _take_mapping(self, mapping: dict[Any, Any], skip: frozenset[str] = frozenset()) -> None:
         """Keep the references in a mapping and queue its values."""
         self._undo.append(partial(_restore_mapping, mapping, dict(mapping)))
+        if _holds_scalars(mapping.values()):
+            return
         self._pending += [value for key, value in mapping.items() if not (isinstance(key, str) and key in skip)]
         for key, value in list(mapping.items()):
             if _is_frozen(value):
@@ -123,10 +126,11 @@ class StateSnapshot:
     def _take_collection(self, collection: Any) -> None:
         """Keep the references in a list, deque, set or tuple and queue its items."""
         items = list(collection)
-        self._pending += items
+        if not _holds_scalars(items):
+            self._pending += items
         if isinstance(collection, list):
             self._undo.append(partial(_restore_sequence, collection, items))
-            if any(_is_frozen(item) for item in items):
+            if not _holds_scalars(items) and any(_is_frozen(item) for item in items):
                 collection[:] = [item.clone() if _is_frozen(item) else item for item in items]
         elif not isinstance(collection, tuple):
             self._undo.append(partial(_restore_bag, collection, items))
@@ -140,6 +144,11 @@ def preserved(*roots: Any, skip: frozenset[str] = frozenset(), parameters: bool 
         yield
     finally:
         snapshot.restore()
+
+
+def _holds_scalars(values: Iterable[Any]) -> bool:
+    """Whether there is nothing to look into; a vocabulary of a million words must not cost a second per pass."""
+    return set(map(type, values)) <= set(_SCALARS)
 
 
 def _is_frozen(value: Any) -> bool:

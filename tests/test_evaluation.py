@@ -313,6 +313,7 @@ def test_calibration_loaders(tmp_path: Any) -> None:
         see("train again", loader="train", limit=2)
         see("given", loader=given)
         see("share", loader=given, limit=0.4)
+        see("list", loader=list(given), limit=3)
 
     callbacks = [calling(on_fit_start=hook)]
     trainer(tmp_path, callbacks=callbacks, max_steps=1, limit_train_batches=3).fit(
@@ -323,6 +324,7 @@ def test_calibration_loaders(tmp_path: Any) -> None:
     assert len(rows(inputs["train"])) == 16
     assert rows(inputs["train"]) == rows(inputs["train again"])
     assert rows(inputs["given"]) == samples_of(given)
+    assert rows(inputs["list"]) == samples_of(given)[:12]
     assert rows(inputs["share"]) == samples_of(given)[:8]
 
 
@@ -356,6 +358,28 @@ def test_training_loader_in_validate_comes_from_the_datamodule(tmp_path: Any) ->
     trainer(tmp_path, callbacks=[calling(on_validation_end=hook)]).validate(simple_class()(), data, verbose=False)
     assert weights == [24.0, 24.0]
     assert data.asked == 1
+
+
+@pytest.mark.parametrize("hook", ["on_validation_end", "on_train_epoch_end"])
+def test_a_pass_starts_from_clean_metrics_and_lists(tmp_path: Any, hook: str) -> None:
+    class Module(simple_class()):  # type: ignore[misc] # the base is made at run time
+        """Tidies up as late as it can."""
+
+        def on_validation_epoch_end(self) -> None:
+            self.log("mean_loss", torch.stack(self.losses).mean())
+
+        def on_validation_end(self) -> None:
+            assert "mean_loss" in self.trainer.callback_metrics
+            self.losses.clear()
+
+    results: list[Any] = []
+    hooks = {
+        hook: lambda *place: [passes(results, name, limit=1)(*place) for name in ("accuracy", "mean_loss", "loss")]
+    }
+    trainer(tmp_path, callbacks=[calling(**hooks)]).fit(Module(), loader(), loader(30, 1))
+    accuracy, mean_loss, loss = (evaluation for evaluation, _ in results)
+    assert [batch.value for batch in accuracy.batches] == [accuracy.score]
+    assert mean_loss.score == loss.score
 
 
 def test_metric_objects_of_every_kind_in_batches(tmp_path: Any) -> None:

@@ -166,6 +166,8 @@ def test_training_loader_that_was_never_set_up(tmp_path: Any) -> None:
     ("arguments", "match"),
     [
         ({"loader": "test"}, "`loader` must be None, 'train' or a DataLoader, got 'test'"),
+        ({"loader": 3}, "`loader` must be None, 'train' or a DataLoader, got 3"),
+        ({"loader": {}}, "`loader` must be None, 'train' or a DataLoader, got {}"),
         ({"limit": 0}, "`limit` must be a number of batches.*got 0"),
         ({"limit": 1.5}, "`limit` must be a number of batches.*got 1.5"),
         ({"limit": True}, "`limit` must be a number of batches.*got True"),

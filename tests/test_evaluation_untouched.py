@@ -389,6 +389,24 @@ def test_compiled_parts_run_eagerly_and_attention_without_its_fast_path(tmp_path
     assert traced, "outside of passes the module is compiled"
 
 
+def test_a_validation_that_stops_the_training_does_not_in_a_pass(tmp_path: Path) -> None:
+    class Module(simple_class()):  # type: ignore[misc] # the base is made at run time
+        stops = False
+
+        def on_validation_epoch_end(self) -> None:
+            super().on_validation_epoch_end()
+            self.trainer.should_stop = self.stops
+
+    def hook(running: Any, pl_module: Any) -> None:
+        pl_module.stops = True
+        Evaluator(running, pl_module, "loss").run()
+        pl_module.stops = False
+
+    running = trainer(tmp_path, callbacks=[calling(on_train_epoch_end=hook)], max_epochs=2)
+    running.fit(Module(), loader(), loader(30, 1))
+    assert running.current_epoch == 2
+
+
 def test_a_pass_inside_a_pass_is_refused(tmp_path: Path) -> None:
     def hook(running: Any, pl_module: Any) -> None:
         evaluator = Evaluator(running, pl_module, "loss")

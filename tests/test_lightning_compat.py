@@ -107,9 +107,7 @@ def test_self_test_names_the_argument_of_the_loop(tmp_path: Any) -> None:
 def test_silent_loggers_stand_in_for_each_logger(tmp_path: Any) -> None:
     loggers = [pytorch_lightning.loggers.CSVLogger(tmp_path, "a"), pytorch_lightning.loggers.CSVLogger(tmp_path, "b")]
     first, second = compat.silent_loggers(trainer(tmp_path, logger=loggers), "scratch")
-    assert (first.name, second.name) == ("a", "b")
     assert first.log_dir == second.save_dir == "scratch"
-    assert first.version == loggers[0].version
     second.experiment.add_image("tag", None)
     second.log_metrics({"a": 1.0}, step=0)
     assert not list(tmp_path.glob("**/metrics.csv"))
