@@ -69,12 +69,13 @@ def number(value: object, digits: int = 4) -> str:
     """A number with four significant digits; ``-`` where there is none.
 
     Examples:
-        >>> number(0.123456), number(None), number(12)
-        ('0.1235', '-', '12')
+        >>> number(0.123456), number(None), number(12), number(-0.0)
+        ('0.1235', '-', '12', '0')
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "-"
-    return f"{value:.{digits}g}"
+    # A zero has no sign here: "-0" would only puzzle.
+    return f"{value + 0.0:.{digits}g}" if isinstance(value, float) else f"{value:.{digits}g}"
 
 
 def interval(value: Sequence[float | None] | None) -> str:
@@ -125,11 +126,17 @@ def interaction(report: Report) -> str | None:
     both_loss = both.get("loss") if isinstance(both, Mapping) else both
     if not isinstance(both_loss, (int, float)):
         return None
-    extra = both_loss - weights.loss - activations.loss
     return (
         f"Weights alone lose {number(weights.loss)}, activations alone {number(activations.loss)}, both together "
-        f"{number(both_loss)}: {number(abs(extra))} {'more' if extra > 0 else 'less'} than the sum."
+        f"{number(both_loss)}: {_against_the_sum(both_loss - weights.loss - activations.loss)}."
     )
+
+
+def _against_the_sum(extra: float) -> str:
+    """How much more than the sum of its parts a loss is; rounding of the subtraction is no difference."""
+    if abs(extra) < 1e-9:
+        return "the sum of both"
+    return f"{number(abs(extra))} {'more' if extra > 0 else 'less'} than the sum"
 
 
 def next_steps(report: Report) -> list[str]:

@@ -127,6 +127,7 @@ def test_an_empty_report_says_that_the_walk_is_unfinished() -> None:
     [
         ({"both": {"loss": 0.6}}, "both together 0.6: 0.11 more than the sum"),
         ({"both": 0.4}, "both together 0.4: 0.09 less than the sum"),
+        ({"both": 0.06 + 0.43}, "both together 0.49: the sum of both"),
     ],
 )
 def test_the_interaction_of_weights_and_activations(both: object, text: str) -> None:
