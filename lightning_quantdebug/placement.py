@@ -49,6 +49,7 @@ class _Placer:
         self.sites: dict[str, Site] = {}
         self.reasons: dict[str, str] = {}
         self.chain_end: dict[int, Operation] = {}
+        self.chain_head: dict[int, Operation] = {}
         self.groups: dict[str, str] = {}
 
     def plan(self) -> Plan:
@@ -81,6 +82,8 @@ class _Placer:
             taken |= {id(member) for member in members}
             for member in members[:-1]:
                 self.chain_end[id(member)] = members[-1]
+            for member in members:
+                self.chain_head[id(member)] = members[0]
 
     def _chain_from(self, head: Operation, taken: set[int]) -> list[Operation]:
         """The longest chain that starts at ``head``."""
@@ -117,7 +120,7 @@ class _Placer:
                 self.reasons.setdefault(name, "integers: nothing to quantize")
             elif self.flow.is_mask(value) or not any(self.flow.real_uses(value)):
                 self.reasons.setdefault(name, "a mask, or read by no arithmetic")
-            elif self.rules.inputs and any(use.category in self.rules.integer for use, _ in self.flow.real_uses(value)):
+            elif self.rules.inputs and any(self._reads_integers(use) for use, _ in self.flow.real_uses(value)):
                 self._activation(name)
                 self._put(name, Place(self.keys[operation.key], slot))
 
@@ -163,11 +166,12 @@ class _Placer:
         ):
             return True
         uses = (use for value in operation.outputs for use in self.flow.real_uses(value))
-        return any(user.category in self.rules.integer and id(user) not in self._merged(operation) for user, _ in uses)
+        return any(self._reads_integers(user) for user, _ in uses)
 
-    def _merged(self, operation: Operation) -> set[int]:
-        """Operations whose kernel takes ``operation`` in, so that its result never leaves it."""
-        return {id(self.chain_end[id(operation)])} if id(operation) in self.chain_end else set()
+    def _reads_integers(self, operation: Operation) -> bool:
+        """Whether an operation, or the kernel that it is a part of, computes in integers."""
+        head = self.chain_head.get(id(operation), operation)
+        return operation.category in self.rules.integer or head.category in self.rules.integer
 
     # Joins: concatenation has one grid for everything that it joins.
 

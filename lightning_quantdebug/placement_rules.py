@@ -57,7 +57,8 @@ class Rules:
         by_name: Rules for single operations; they go before the category's.
         fixed_ranges: Clipping range of operations whose output is bounded by definition.
         chains: What runs as one kernel; the first that fits is taken.
-        integer: Categories that the engine computes in integers: what they read must be on a grid.
+        integer: Categories that the engine computes in integers, alone or as heads of a chain: what they read must be
+            on a grid.
         weights: Granularity of the weights of a category where it is not the target's; ``None``: they stay in FP32.
         inputs: Whether the network's inputs get a quantizer.
     """
@@ -145,8 +146,8 @@ GENERIC = Rules(
     fixed_ranges=_UNIT_RANGES,
 )
 
-# TensorRT quantizes what convolutions, linears, products and residual additions read; everything else runs in floating
-# point. A convolution takes the addition behind it into its own kernel, so that only the other branch is quantized.
+# TensorRT quantizes what convolutions, linears and products read; everything else runs in floating point. A convolution
+# takes the addition behind it into its own kernel, which reads the other branch as integers too.
 TENSORRT = replace(
     GENERIC,
     by_category={
@@ -161,7 +162,7 @@ TENSORRT = replace(
         Chain(frozenset({Category.LINEAR}), (_BATCH_NORM, _LINEAR_ACTIVATIONS)),
         Chain(_SUMS, (_LINEAR_ACTIVATIONS,)),
     ),
-    integer=frozenset({Category.CONVOLUTION, Category.LINEAR, Category.MATMUL, Category.ADD}),
+    integer=frozenset({Category.CONVOLUTION, Category.LINEAR, Category.MATMUL}),
     fixed_ranges={},
     weights={Category.RECURRENT: None, Category.LOOKUP: None},
 )
@@ -196,7 +197,7 @@ XNNPACK = replace(
     weights={
         Category.LINEAR: Granularity.PER_TENSOR,
         Category.LOOKUP: Granularity.PER_TENSOR,
-        Category.RECURRENT: Granularity.PER_TENSOR,
+        Category.RECURRENT: None,
     },
 )
 

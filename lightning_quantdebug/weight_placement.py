@@ -116,9 +116,8 @@ class WeightPlacer:
         """Add one place of a weight's quantizer, or the reason why it has none."""
         granularity = self.rules.weights.get(operation.category, self.target.weights.granularity)
         if granularity is None:
-            self.reasons[name] = (
-                f"{self.target.placement.value} leaves these weights in FP32 ({operation.category.value})"
-            )
+            where = f"{name} ({operation.category.value})"
+            self.reasons[where] = f"{self.target.placement.value} leaves these weights in FP32"
             return
         if name not in self.sites:
             axis = _channel_axis(operation, slot, value)
