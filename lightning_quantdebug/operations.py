@@ -28,7 +28,7 @@ class Category(str, Enum):
     CONVOLUTION = "convolution"
     LINEAR = "linear"
     MATMUL = "matmul"
-    LOOKUP = "embedding lookup"
+    LOOKUP = "embedding"
     RECURRENT = "recurrent layer"
     ATTENTION = "fused attention"
     ADD = "addition"

@@ -116,14 +116,16 @@ class WeightPlacer:
         """Add one place of a weight's quantizer, or the reason why it has none."""
         granularity = self.rules.weights.get(operation.category, self.target.weights.granularity)
         if granularity is None:
-            where = f"{name} ({operation.category.value})"
-            self.reasons[where] = f"{self.target.placement.value} leaves these weights in FP32"
+            if name not in self.sites:
+                engine = self.target.placement.value
+                self.reasons[name] = f"{engine} leaves the weights of a {operation.category.value} in FP32"
             return
         if name not in self.sites:
             axis = _channel_axis(operation, slot, value)
             spec = _fitting(self.target.weights, granularity, axis, value.shape)
             axis = None if spec.granularity is Granularity.PER_TENSOR else axis
             self.sites[name] = Site(name, Kind.WEIGHT, spec, axis)
+            self.reasons.pop(name, None)
         self._put(name, Place(self.keys[operation.key], slot))
 
     def _explain_vectors(self, operation: Operation) -> None:
