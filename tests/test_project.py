@@ -1,6 +1,7 @@
 """The project keeps its own promises: the README runs, imports point down, versions are pinned, no machine is named."""
 
 import ast
+import inspect
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from lightning_quantdebug import QuantDebug
 from lightning_quantdebug.report import StepName, Verdict
 from lightning_quantdebug.settings import make_settings
 from lightning_quantdebug.target import PRESETS
@@ -63,7 +65,8 @@ def test_the_yaml_names_settings_that_exist(text: str) -> None:
 
 def test_the_readmes_settings_have_the_defaults_that_the_code_has() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (`[^|]*`) \|", README, re.MULTILINE))
-    defaults = {**make_settings(monitor="x").to_dict(), "exclude": (), "target": "int8", "dirpath": None}
+    parameters = inspect.signature(QuantDebug).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
     assert {name: eval(value.strip("`")) for name, value in rows.items()} == {name: defaults[name] for name in rows}
     assert len(rows) > 10
     later = re.search(r"^(`remedies`.*?) are accepted", README, re.MULTILINE | re.DOTALL)
