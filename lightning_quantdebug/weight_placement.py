@@ -118,7 +118,7 @@ class WeightPlacer:
         if granularity is None:
             if name not in self.sites:
                 engine = self.target.placement.value
-                self.reasons[name] = f"{engine} leaves the weights of a {operation.category.value} in FP32"
+                self.reasons[name] = f"{engine} leaves weights of this kind ({operation.category.value}) in FP32"
             return
         if name not in self.sites:
             axis = _channel_axis(operation, slot, value)
