@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quantdebug.errors import CaptureError, SettingsError
+from lightning_quantdebug.interception import OpKey
 from lightning_quantdebug.placement import place
 from lightning_quantdebug.plan import Plan
 from lightning_quantdebug.quantizer import Quantizer, load_custom_quantizer
@@ -118,11 +119,13 @@ class Instrumentation:
                 f"Nothing in {type(self.root).__name__} can be quantized ({reasons}). Quantizable are convolutions, "
                 "linear, recurrent and embedding layers and the arithmetic between them; check `module` and `exclude`."
             )
-        names = {operation.key: operation.name for operation in self.topology}
-        names.update(
-            {shared: names[key].split("@")[0] for key, shared in self.topology.shared_keys().items() if key != shared}
-        )
-        self._runner = Runner(self.root, self._plan, self.quantizers, names, self.topology.unsafe, self.scope)
+        shared = self.topology.shared_keys()
+        names: dict[OpKey, str] = {}
+        for operation in self.topology:
+            key = shared[operation.key]
+            names.setdefault(key, operation.name if key.call is not None else operation.name.split("@")[0])
+        unsafe = {shared[key] for key in self.topology.unsafe if key in shared}
+        self._runner = Runner(self.root, self._plan, self.quantizers, names, unsafe, self.scope)
 
     # Running.
 

@@ -51,6 +51,7 @@ class _Placer:
         self.chain_end: dict[int, Operation] = {}
         self.chain_head: dict[int, Operation] = {}
         self.groups: dict[str, str] = {}
+        self.names: dict[OpKey, str] = {}
 
     def plan(self) -> Plan:
         """Run the passes in order."""
@@ -65,7 +66,7 @@ class _Placer:
         self._share_joins()
         self._leave_out()
         self._explain_modules()
-        self.result.known = set(self.keys.values()) | set(self.keys)
+        self.result.known = set(self.keys.values())
         self.result.sites = list(self.sites.values())
         self.result.unquantized = [Unquantized(name, reason) for name, reason in self.reasons.items()]
         return self.result
@@ -242,8 +243,10 @@ class _Placer:
             self.reasons[path] = "returns one number and has no weights: taken for a criterion"
 
     def _name(self, operation: Operation) -> str:
-        """The operation's name, without the call where all calls share a quantizer."""
-        return operation.name if self.keys[operation.key].call is not None else operation.name.split("@")[0]
+        """The operation's name; where all calls or all rounds of a loop share a quantizer, that of the first."""
+        key = self.keys[operation.key]
+        name = operation.name if key.call is not None else operation.name.split("@")[0]
+        return self.names.setdefault(key, name)
 
     def _activation(self, name: str, fixed_range: tuple[float, float] | None = None) -> None:
         """Make sure that the activation quantizer ``name`` exists."""

@@ -104,7 +104,7 @@ class WeightPlacer:
 
     def _derived_name(self, operation: Operation, slot: Slot, derived: dict[tuple[Any, ...], str]) -> str:
         """Name of a weight that is computed in the network (weight normalization, slices of a parameter)."""
-        identity = (operation.key.path, operation.key.func, operation.key.site, operation.key.occurrence, slot)
+        identity = (self.keys[operation.key]._replace(call=None), slot)
         if identity not in derived:
             base = f"{operation.key.path}.weight".lstrip(".")
             taken = set(derived.values()) | set(self.sites)
