@@ -17,19 +17,21 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lightning_quantdebug import lightning_compat as compat
+from lightning_quantdebug.best_weights import best_weights, checkpoint_callback
 from lightning_quantdebug.calibration import calibration_loader, capture, set_ranges
 from lightning_quantdebug.console import Progress, summary
 from lightning_quantdebug.diagnosis import EVALUATIONS, Diagnosis
-from lightning_quantdebug.errors import EvaluationError, QuantDebugError, ReportError, SettingsError
+from lightning_quantdebug.errors import QuantDebugError, ReportError, SettingsError
 from lightning_quantdebug.evaluation import Evaluator
 from lightning_quantdebug.instrument import Instrumentation
 from lightning_quantdebug.lightning_compat import CallbackBase
+from lightning_quantdebug.own_quantizers import find_own_quantizers, own_quantizers
+from lightning_quantdebug.plausibility import not_run
+from lightning_quantdebug.rank_agreement import gather
 from lightning_quantdebug.report import Report, Verdict, write_atomically
 from lightning_quantdebug.report_markdown import to_markdown
-from lightning_quantdebug.settings import Direction, OnError, Settings, When, make_settings
+from lightning_quantdebug.settings import OnError, Settings, When, make_settings
 from lightning_quantdebug.target import Kind, Mode, QuantTarget
 from lightning_quantdebug.tensorboard import ReviewWriter
 
@@ -68,7 +70,8 @@ class QuantDebug(CallbackBase):
         max_time: Time budget of the walk, as in Trainer.
         dirpath: Where to write; default: ``quantdebug`` under the logger's directory.
         export: Files to export, which this version does not write yet.
-        on_error: ``"warn"``: a failure of the tool never fails your run; ``"raise"``: it does.
+        on_error: ``"warn"``: a failure of the tool never fails your run; ``"raise"``: it does. A failure that the
+            processes of a distributed run may not share is always raised, as the others would wait for ever.
         verbose: Whether to print progress and a summary.
         quantizer: Import path of your own quantizer class, to debug your own pipeline.
 
@@ -148,15 +151,27 @@ class QuantDebug(CallbackBase):
         """Key of this callback's state in checkpoints, so that two targets can be diagnosed side by side."""
         settings = self.settings
         key: str = self._generate_state_key(
-            monitor=settings.monitor, mode=settings.direction.value, target=settings.target.name
+            monitor=settings.monitor, mode=settings.direction.value, target=settings.target.to_dict()
         )
         return key
 
     # When to walk.
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse Trainers that could never be walked in, before devices and data are set up."""
+        self._watched = None
+        if not self._has_work(stage):
+            return
+        self._evaluator(trainer, pl_module).check()
+        if self.settings.restore_best and stage == "fit" and checkpoint_callback(trainer) is None:
+            raise SettingsError("`restore_best=True` needs a ModelCheckpoint among the callbacks, there is none.")
+        for note in not_run(self.settings):
+            compat.rank_zero_warn(trainer, f"QuantDebug: {note}")
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check what can be checked before training; walk, if it is to run before training."""
-        self._check_before_training(trainer, pl_module)
+        if self._has_work("fit"):
+            self._check_before_work(trainer, pl_module)
         if self.settings.when is When.FIT_START:
             self._walk(trainer, pl_module)
 
@@ -182,10 +197,14 @@ class QuantDebug(CallbackBase):
         if self.settings.when is When.FIT_END and not trainer.interrupted:
             self._walk(trainer, pl_module)
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check what can be checked before ``trainer.validate`` validates."""
+        if trainer.state.fn == "validate":
+            self._check_before_work(trainer, pl_module)
+
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Walk after the validation of ``trainer.validate``."""
         if trainer.state.fn == "validate":
-            self._check_directory(trainer)
             self._walk(trainer, pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -196,22 +215,19 @@ class QuantDebug(CallbackBase):
         """Whether the Trainer runs for the user, and not for a tuner's trial that takes the callbacks out."""
         return self in trainer.callbacks
 
-    def _check_before_training(self, trainer: Any, pl_module: Any) -> None:
-        """Raise for settings that could never work, before anything was trained."""
-        if self.settings.when is When.NEVER and self.settings.watch_every_n_epochs is None:
-            return
-        self._evaluator(trainer, pl_module).check()
-        if self.settings.module is not None and self.settings.module not in dict(pl_module.named_modules()):
-            Instrumentation(pl_module, self.settings.target, module=self.settings.module)
-        if self.settings.restore_best and _checkpoint_callback(trainer) is None:
-            raise SettingsError("`restore_best=True` needs a ModelCheckpoint among the callbacks, there is none.")
-        self._check_directory(trainer)
+    def _has_work(self, stage: str) -> bool:
+        """Whether this callback does anything in ``fit`` or ``validate``."""
+        idle = self.settings.when is When.NEVER and self.settings.watch_every_n_epochs is None
+        return stage == "validate" or (stage == "fit" and not idle)
 
-    def _check_directory(self, trainer: Any) -> None:
-        """Raise if the directory can not be written."""
+    def _check_before_work(self, trainer: Any, pl_module: Any) -> None:
+        """Raise for settings that could never work, before anything was trained or measured."""
+        # The constructor refuses a `module` that does not exist and a `quantizer` that can not be imported.
+        Instrumentation(pl_module, self.settings.target, module=self.settings.module)
         directory = self._directory(trainer)
-        if trainer.is_global_zero:
-            check_writable(directory)
+        refusals = gather(_refusal(directory) if trainer.is_global_zero else None)
+        if refusals[0] is not None:
+            raise ReportError(refusals[0])
 
     # The walk.
 
@@ -221,7 +237,7 @@ class QuantDebug(CallbackBase):
             return
         self._walking = True
         try:
-            with self._harmless(trainer), _best_weights(trainer, pl_module, self.settings.restore_best):
+            with self._harmless(trainer):
                 self._diagnose(trainer, pl_module)
         finally:
             self._walking = False
@@ -240,15 +256,16 @@ class QuantDebug(CallbackBase):
                 progress.advance,
             )
             try:
-                self.report = diagnosis.walk()
-            except (Exception, KeyboardInterrupt):
+                with best_weights(trainer, pl_module, self.settings.restore_best):
+                    self.report = diagnosis.walk()
+            # Raised again: these are all the ways in which a walk may end, Ctrl-C and SIGTERM among them.
+            except (Exception, KeyboardInterrupt, SystemExit):
                 error = traceback.format_exc()
                 self.report = replace(diagnosis.report, verdict=Verdict.FAILED, error=error)
                 raise
             finally:
-                if self.report is not None:
-                    self._write(trainer, directory, diagnosis)
-        self._say(trainer, diagnosis)
+                self._write(trainer, directory, diagnosis)
+        self._say(trainer)
 
     def _evaluator(self, trainer: Any, pl_module: Any, limit_batches: int | float | None = None) -> Evaluator:
         """What runs the user's validation."""
@@ -260,7 +277,7 @@ class QuantDebug(CallbackBase):
         assert self.report is not None
         if not trainer.is_global_zero:
             return
-        with ReviewWriter(trainer, directory) as writer:
+        with ReviewWriter(trainer, directory, self._tag(trainer)) as writer:
             files = {
                 "report.json": str(directory / "report.json"),
                 "report.md": str(directory / "report.md"),
@@ -273,27 +290,35 @@ class QuantDebug(CallbackBase):
             for kind in Kind:
                 writer.write_histograms(diagnosis.histograms(kind), kind, trainer.global_step)
 
-    def _say(self, trainer: Any, diagnosis: Diagnosis) -> None:
+    def _say(self, trainer: Any) -> None:
         """Print the summary and the warnings."""
         assert self.report is not None
         check = self.report.steps[0] if self.report.steps else None
         for warning in check.details.get("warnings", []) if check is not None else []:
             compat.rank_zero_warn(trainer, f"QuantDebug: {warning}")
-        declared = diagnosis.evaluator.higher_is_better()
-        if declared is not None and declared is not (self.settings.direction is Direction.MAX):
-            right = "max" if declared else "min"
-            compat.rank_zero_warn(
-                trainer,
-                f"QuantDebug(mode={self.settings.direction.value!r}) contradicts the metric behind {self.monitor!r}, "
-                f"whose `higher_is_better` is {declared}: pass mode={right!r}, or losses count as gains.",
-            )
         if self.settings.verbose and trainer.is_global_zero:
             print(summary(self.report), flush=True)
 
     def _directory(self, trainer: Any) -> Path:
         """Where this callback writes; called on every rank, as ``trainer.log_dir`` asks the others."""
         log_dir = trainer.log_dir
-        return self.dirpath or Path(log_dir or trainer.default_root_dir) / "quantdebug"
+        directory = self.dirpath or Path(log_dir or trainer.default_root_dir) / "quantdebug"
+        shared = [peer for peer in self._peers(trainer) if peer.dirpath == self.dirpath]
+        return directory / self._label(trainer) if len(shared) > 1 else directory
+
+    def _peers(self, trainer: Any) -> list[QuantDebug]:
+        """All QuantDebug callbacks of the Trainer, this one among them."""
+        return [callback for callback in trainer.callbacks if isinstance(callback, QuantDebug)]
+
+    def _label(self, trainer: Any) -> str:
+        """What tells this callback's files and tags from those of the others in the same Trainer."""
+        name = self.settings.target.name
+        namesakes = [peer for peer in self._peers(trainer) if peer.settings.target.name == name]
+        return name if len(namesakes) < 2 else f"{name}_{namesakes.index(self)}"
+
+    def _tag(self, trainer: Any) -> str:
+        """First part of this callback's tags in TensorBoard and other loggers."""
+        return "quantdebug" if len(self._peers(trainer)) < 2 else f"quantdebug/{self._label(trainer)}"
 
     @contextmanager
     def _harmless(self, trainer: Any) -> Iterator[None]:
@@ -304,6 +329,9 @@ class QuantDebug(CallbackBase):
         try:
             yield
         except Exception as error:
+            if trainer.world_size > 1 and not isinstance(error, QuantDebugError):
+                # One rank alone may have failed: were it to go on, the others would wait for it for ever.
+                raise
             compat.rank_zero_warn(
                 trainer,
                 f"QuantDebug failed, your run and your model are unharmed: {type(error).__name__}: {error} "
@@ -315,6 +343,13 @@ class QuantDebug(CallbackBase):
     def _watch(self, trainer: Any, pl_module: Any) -> None:
         """Set ranges on few batches, evaluate the quantized model, and log the score."""
         evaluator = self._evaluator(trainer, pl_module)
+        with own_quantizers(find_own_quantizers(pl_module), enabled=False):
+            score = self._quantized_score(evaluator, pl_module)
+        with ReviewWriter(trainer, self._directory(trainer), self._tag(trainer)) as writer:
+            writer.write_watch(self.monitor, score, trainer.global_step)
+
+    def _quantized_score(self, evaluator: Evaluator, pl_module: Any) -> float:
+        """The score of the model, quantized as it is now."""
         loader = calibration_loader(self.settings, self._loader)
         settings = self.settings
         if self._watched is None:
@@ -323,57 +358,19 @@ class QuantDebug(CallbackBase):
             self._watched = session
         set_ranges(self._watched, evaluator, loader, min(WATCH_BATCHES, settings.calibration_batches))
         with self._watched.modes(Mode.QUANTIZE):
-            score = evaluator.run(self._watched.around_step).score
-        with ReviewWriter(trainer, self._directory(trainer)) as writer:
-            writer.write_watch(self.monitor, score, trainer.global_step)
+            return evaluator.run(self._watched.around_step).score
 
 
-def _checkpoint_callback(trainer: Any) -> Any:
-    """The first ModelCheckpoint of the Trainer, ``None`` if there is none."""
-    return next((c for c in trainer.callbacks if compat.foreign_isinstance(c, "ModelCheckpoint")), None)
-
-
-@contextmanager
-def _best_weights(trainer: Any, pl_module: Any, wanted: bool) -> Iterator[None]:
-    """The best weights of ModelCheckpoint in the module until the block ends; then the module has its own back.
-
-    Raises:
-        EvaluationError: If there is no best checkpoint or it can not be read.
-    """
-    callback = _checkpoint_callback(trainer) if wanted else None
-    if not wanted or (callback is None and trainer.state.fn != "fit"):
-        yield
-        return
-    path = getattr(callback, "best_model_path", "")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise EvaluationError(
-            f"`restore_best=True`, but the best checkpoint {path!r} can not be read: {error}."
-        ) from error
-    before = {name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()}
-    try:
-        pl_module.load_state_dict(checkpoint["state_dict"])
-        yield
-    finally:
-        pl_module.load_state_dict(before)
-
-
-def check_writable(directory: Path) -> None:
-    """Raise unless files can be made in ``directory``; it is made if it does not exist.
-
-    Raises:
-        ReportError: If they can not.
-    """
+def _refusal(directory: Path) -> str | None:
+    """Why no files can be made in ``directory``, which is made if it does not exist; ``None`` if they can."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=directory, prefix=".quantdebug")
         os.close(handle)
         os.unlink(name)
     except OSError as error:
-        raise ReportError(
-            f"Can not write to {str(directory)!r}: {error}. Give `dirpath` a writable directory."
-        ) from error
+        return f"Can not write to {str(directory)!r}: {error}. Give `dirpath` a writable directory."
+    return None
 
 
 def diagnose(trainer: Any, model: Any, datamodule: Any = None, **settings: Any) -> Report:

@@ -13,7 +13,16 @@ from typing import TextIO
 from tqdm import tqdm
 
 from lightning_quantdebug.report import Report, StepVerdict
-from lightning_quantdebug.report_markdown import headline, interaction, interval, next_steps, not_walked, number, walked
+from lightning_quantdebug.report_markdown import (
+    headline,
+    interaction,
+    interval,
+    next_steps,
+    not_walked,
+    number,
+    outcome,
+    walked,
+)
 
 WIDTH = 100
 MAX_FINDINGS = 5
@@ -38,7 +47,7 @@ def summary(report: Report) -> str:
     """
     verdict, _, rest = headline(report).partition(":")
     lines = ["-" * WIDTH, *_wrapped(f"quantdebug: {verdict.upper()}{':' if rest else ''}{rest}")]
-    lines += _wrapped(report.verdict.advice if report.verdict else "The walk has not come to its end.")
+    lines += _wrapped(outcome(report))
     if report.error:
         lines += _wrapped(f"The walk stopped with: {report.error}")
     lines += _steps(report) + _findings(report) + _next(report) + _files(report)

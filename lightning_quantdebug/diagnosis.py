@@ -6,9 +6,7 @@ The report is the only memory: each step takes what it needs from it and adds on
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import platform
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -23,7 +21,9 @@ from lightning_quantdebug.fp32_check import Fp32Check, Reference
 from lightning_quantdebug.instrument import Instrumentation
 from lightning_quantdebug.observer import Histogram
 from lightning_quantdebug.own_quantizers import find_own_quantizers, own_quantizers
+from lightning_quantdebug.plausibility import chance_warning, direction_warning, not_run
 from lightning_quantdebug.quantizer import Quantizer
+from lightning_quantdebug.rank_agreement import gather
 from lightning_quantdebug.report import (
     Baseline,
     Cause,
@@ -95,14 +95,29 @@ class Diagnosis:
             The report with its verdict; files and TensorBoard are the caller's business.
         """
         self.evaluator.check()
+        started = time.monotonic()
         with own_quantizers(self._own, enabled=False):
             while (decision := next_step(self.report, frozenset(self._steps))) is not None:
+                if decision.runs and self._is_late(started):
+                    decision = replace(decision, runs=False, verdict=StepVerdict.NOT_RUN, advice=self._too_late())
                 if decision.runs:
                     self._do(decision.step)
                 else:
                     self.report = self.report.with_step(Step(decision.step, decision.verdict, advice=decision.advice))
         self._finish()
         return self.report
+
+    def _is_late(self, started: float) -> bool:
+        """Whether the time budget is spent, on any rank: all must take the same way."""
+        budget = self.settings.max_time
+        return budget is not None and any(gather(time.monotonic() - started >= budget.total_seconds()))
+
+    def _too_late(self) -> str:
+        """Why a step was not run, and what to do."""
+        return (
+            f"The time budget max_time={self.settings.max_time} was spent before this step, so nothing is known about "
+            "it. Raise `max_time`, or lower `limit_batches`."
+        )
 
     def _do(self, step: StepName) -> None:
         """Carry out one step and record it."""
@@ -124,8 +139,15 @@ class Diagnosis:
         floor = abs(reference.score - repeated.score)
         check = Fp32Check(self.session, self.evaluator, self._own, self.advance)
         finding = check.run(Reference(reference, floor))
-        warnings = chance_warning(self.session, self.settings, reference)
-        details: dict[str, Any] = {"repeated_score": repeated.score, "warnings": warnings}
+        warnings = [
+            *chance_warning(self.session, self.settings, reference),
+            *direction_warning(self.settings, self.evaluator.higher_is_better()),
+        ]
+        details: dict[str, Any] = {
+            "repeated_score": repeated.score,
+            "warnings": warnings,
+            "not_run": not_run(self.settings),
+        }
         if finding is None:
             return Step(StepName.FP32_CHECK, StepVerdict.PASSED, reference.score, 0.0, None, details=details)
         self.report = self.report.with_findings(finding)
@@ -362,41 +384,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def chance_warning(session: Instrumentation, settings: Settings, reference: Evaluation) -> list[str]:
-    """A warning if the FP32 score is what guessing gives: the model was probably never trained, or not loaded.
-
-    The number of classes ``C`` is taken from the width of the network's last output. Guessing has an accuracy of
-    ``1 / C`` and a cross-entropy of ``ln C``; names of the metric tell which it is. Three standard errors of margin.
-    """
-    classes = output_width(session)
-    score, samples = reference.score, reference.samples or 0
-    if classes is None or not samples:
-        return []
-    by_guessing = 1 / max(classes, 2)
-    margin = 3 * math.sqrt(by_guessing * (1 - by_guessing) / samples)
-    is_rate = settings.direction is Direction.MAX and re.search(r"acc|auroc|auc|f1", settings.monitor, re.IGNORECASE)
-    is_loss = settings.direction is Direction.MIN and re.search(
-        r"loss|entropy|nll|ce\b", settings.monitor, re.IGNORECASE
-    )
-    if is_rate and 0 <= score <= by_guessing + margin:
-        guess = f"1/{max(classes, 2)} by guessing"
-    elif is_loss and classes > 1 and abs(score - math.log(classes)) <= 0.02 * math.log(classes):
-        guess = f"ln({classes}) = {math.log(classes):.3g} by guessing"
-    else:
-        return []
-    return [
-        f"The FP32 score {settings.monitor} = {score:.4g} is about what guessing gives ({guess}): was the model "
-        "trained, and were its weights loaded? What quantization costs an untrained model says nothing."
-    ]
-
-
-def output_width(session: Instrumentation) -> int | None:
-    """Width of the last output that carries a quantizer."""
-    quantized = {spot.key for site in session.plan.sites for spot in site.places if spot.slot is None}
-    shared = session.topology.shared_keys()
-    run = session.topology.runs[0] if session.topology.runs else []
-    last = next((operation for operation in reversed(run) if shared[operation.key] in quantized), None)
-    shape = last.outputs[0].shape if last is not None and last.outputs else ()
-    return shape[-1] if len(shape) == 2 else None

@@ -94,8 +94,28 @@ def walked(report: Report) -> list[Step]:
 
 
 def not_walked(report: Report, verdict: StepVerdict) -> list[str]:
-    """Names of the steps that were skipped, or that this version does not run."""
-    return [step.step.value for step in report.steps if step.verdict is verdict]
+    """Names of the steps that were skipped, or that this version does not run; not those that time ran out for."""
+    return [step.step.value for step in report.steps if step.verdict is verdict and step not in left_undone(report)]
+
+
+def left_undone(report: Report) -> list[Step]:
+    """The steps that this version runs but this walk did not; their advice says why."""
+    return [
+        step
+        for step in report.steps
+        if step.verdict is StepVerdict.NOT_RUN and step.advice not in ("", StepVerdict.NOT_RUN.advice)
+    ]
+
+
+def outcome(report: Report) -> str:
+    """What the verdict means for this walk, in one sentence."""
+    if report.verdict is None:
+        return "The walk has not come to its end."
+    whole = report.step(StepName.QUANTIZE_MODEL)
+    if whole is not None and report.verdict is Verdict.NOT_ACCEPTED and whole.verdict is not StepVerdict.FAILED:
+        # It is not known that the model loses too much: noise, or a step that was not reached.
+        return whole.advice or whole.verdict.advice
+    return report.verdict.advice
 
 
 def headline(report: Report) -> str:
@@ -110,10 +130,13 @@ def headline(report: Report) -> str:
 
 def reasons(report: Report) -> list[str]:
     """Why the verdict is what it is: one plain sentence for each thing that decided it."""
-    lines = [report.verdict.advice] if report.verdict is not None else ["The walk has not come to its end."]
+    lines = [outcome(report)]
     if report.error:
         lines.append(f"The walk stopped with: {report.error}")
-    lines += [f"{step.step.value}: {step.advice or step.verdict.advice}" for step in walked(report)]
+    shown = [*walked(report), *left_undone(report)]
+    lines += [f"{step.step.value}: {step.advice or step.verdict.advice}" for step in shown]
+    for step in report.steps:
+        lines += [*step.details.get("warnings", ()), *step.details.get("not_run", ())]
     return lines
 
 
@@ -145,7 +168,8 @@ def next_steps(report: Report) -> list[str]:
     if report.verdict in (Verdict.ACCEPTED, Verdict.REPAIRED, Verdict.REPAIRED_BY_QAT):
         return [*steps, "Run the exported model on the device: this report simulates the engine's arithmetic in float."]
     if report.verdict is Verdict.NOT_ACCEPTED:
-        return steps + _wider_targets(report)
+        undone = [step.advice for step in left_undone(report)[:1]]
+        return steps + (undone or _wider_targets(report))
     if report.verdict is Verdict.FAILED:
         return [*steps, "Set `on_error` to 'raise' to see where the walk failed."]
     return steps or ["Run the walk again to its end."]

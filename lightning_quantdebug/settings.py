@@ -138,6 +138,19 @@ def _read_duration(value: object) -> timedelta | None:
 
 
 EXPORTS = ("onnx", "encodings", "pt2")
+# In the order of the chart; a remedy's name is its module's or setting's.
+REMEDIES = (
+    "cle",
+    "high_bias_absorption",
+    "per_channel",
+    "bias_correction",
+    "adaround",
+    "range_setting",
+    "activation_cle",
+    "custom_range",
+    "granularity",
+    "bit_width",
+)
 
 
 @dataclass(frozen=True)
@@ -175,9 +188,8 @@ class Settings:
         _check_limit(self.limit_batches)
         if not self.qat_lr_factor > 0:
             raise SettingsError(f"`qat_lr_factor` must be positive, got {self.qat_lr_factor!r}.")
-        unknown = [name for name in self.export if name not in EXPORTS]
-        if unknown:
-            raise SettingsError(f"`export` may hold {list(EXPORTS)}, got {unknown}.")
+        _check_names("export", self.export, EXPORTS)
+        _check_names("remedies", self.remedies or (), REMEDIES)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the report, in the words of the public contract."""
@@ -197,6 +209,13 @@ def _check_count(name: str, value: object, least: int, optional: bool = False) -
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise SettingsError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+
+
+def _check_names(name: str, values: Sequence[str], known: Sequence[str]) -> None:
+    """Raise unless all ``values`` are known; the message lists those that are."""
+    unknown = [value for value in values if value not in known]
+    if unknown:
+        raise SettingsError(f"`{name}` may hold {list(known)}, got {unknown}.")
 
 
 def _check_limit(value: object) -> None:

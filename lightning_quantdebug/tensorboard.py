@@ -90,6 +90,7 @@ class ReviewWriter:
     Args:
         trainer: The user's Trainer, or ``None``.
         dirpath: Where our own event files go if the Trainer has no TensorBoardLogger.
+        prefix: First part of every tag.
 
     Raises:
         ReportError: On the first write, if the directory can not be written.
@@ -101,8 +102,9 @@ class ReviewWriter:
         ...     writer.write_report(Report(), step=0)
     """
 
-    def __init__(self, trainer: Any, dirpath: str | Path) -> None:
+    def __init__(self, trainer: Any, dirpath: str | Path, prefix: str = "quantdebug") -> None:
         """Find the loggers."""
+        self.prefix = prefix
         self.rank_zero = trainer is None or bool(trainer.is_global_zero)
         loggers = [] if trainer is None else list(trainer.loggers)
         self._logger = next((logger for logger in loggers if is_tensorboard_logger(logger)), None)
@@ -136,19 +138,19 @@ class ReviewWriter:
         for item in report.steps:
             for word, value in (("score", item.score), ("loss", item.loss)):
                 if value is not None:
-                    scalars[f"quantdebug/{word}/{item.step.value}"] = value
+                    scalars[f"{self.prefix}/{word}/{item.step.value}"] = value
         self._write_scalars(scalars, step)
-        self._write_text("quantdebug/report", to_markdown(report), step)
+        self._write_text(f"{self.prefix}/report", to_markdown(report), step)
         if report.final.settings:
             self.write_ranges(report.final.settings.values(), step)
 
     def write_watch(self, monitor: str, score: float, step: int) -> None:
         """Write what the score would be if the model were quantized now."""
-        self._write_scalars({f"quantdebug/watch/{monitor}": score}, step)
+        self._write_scalars({f"{self.prefix}/watch/{monitor}": score}, step)
 
     def write_ranges(self, settings: Iterable[QuantizerSetting], step: int) -> None:
         """Write the table of every quantizer's observed values, clipping range and grid."""
-        self._write_text("quantdebug/ranges", ranges_table(settings), step)
+        self._write_text(f"{self.prefix}/ranges", ranges_table(settings), step)
 
     def write_histograms(self, histograms: Mapping[str, Histogram], kind: Kind, step: int) -> None:
         """Write the histogram of each quantizer's tensor.
@@ -164,7 +166,7 @@ class ReviewWriter:
         for name, histogram in histograms.items():
             raw = condense(histogram)
             if raw is not None:
-                writer.add_histogram_raw(f"quantdebug/{_FOLDERS[kind]}/{name}", global_step=step, **raw)
+                writer.add_histogram_raw(f"{self.prefix}/{_FOLDERS[kind]}/{name}", global_step=step, **raw)
         writer.flush()
 
     def close(self) -> None:

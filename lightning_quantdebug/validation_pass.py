@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_quantdebug import lightning_compat as compat
 from lightning_quantdebug.batch_scores import BatchRecorder
-from lightning_quantdebug.lightning_compat import LoopData, ModuleLike, TrainerLike, replaced
+from lightning_quantdebug.lightning_compat import LoopData, ModuleLike, TrainerLike, kept, replaced
 from lightning_quantdebug.loader_copies import seeded_generators
 from lightning_quantdebug.module_state import StateSnapshot, preserved
 from lightning_quantdebug.random_state import isolated_random_state, seed_all
@@ -59,12 +59,11 @@ def kept_callbacks(trainer: TrainerLike, with_users: bool) -> list[Any]:
     return [
         callback
         for callback in trainer.callbacks
-        if _averages_weights(callback)
-        or (with_users and not compat.is_lightnings_own(callback) and not _ours(callback))
+        if averages_weights(callback) or (with_users and not compat.is_lightnings_own(callback) and not _ours(callback))
     ]
 
 
-def _averages_weights(callback: object) -> bool:
+def averages_weights(callback: object) -> bool:
     """Whether a callback validates other weights than the module holds; without it the score would be another's."""
     return any(_AVERAGING.search(cls.__name__) for cls in type(callback).__mro__)
 
@@ -106,12 +105,11 @@ def borrowed(trainer: TrainerLike, pl_module: ModuleLike, callbacks: list[Any]) 
         enter(compat.parallel_flags_kept(trainer))
         enter(preserved(pl_module, *callbacks, skip=skip, parameters=moves_weights))
         enter(compat.module_on_device(trainer, pl_module))
-        enter(replaced(trainer, "should_stop", trainer.should_stop))
+        enter(kept(trainer, "should_stop"))
+        enter(kept(trainer, "_last_val_time"))
         enter(replaced(trainer, "callbacks", callbacks))
         enter(replaced(trainer, "loggers", compat.silent_loggers(trainer, scratch)))
         enter(replaced(trainer, "profiler", compat.silent_profiler(trainer)))
-        if hasattr(trainer, "_last_val_time"):
-            enter(replaced(trainer, "_last_val_time", trainer._last_val_time))
         if finished:
             compat.settle_outer_validation(original, pl_module)
         enter(replaced(trainer.state, "stage", compat.stage(original, "validate")))

@@ -1,0 +1,69 @@
+"""Warnings about a walk whose score would mislead, and about settings that this version can not follow yet."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from lightning_quantdebug.evaluation import Evaluation
+from lightning_quantdebug.instrument import Instrumentation
+from lightning_quantdebug.settings import Direction, Settings
+
+
+def chance_warning(session: Instrumentation, settings: Settings, reference: Evaluation) -> list[str]:
+    """A warning if the FP32 score is what guessing gives: the model was probably never trained, or not loaded.
+
+    The number of classes ``C`` is taken from the width of the network's last output. Guessing has an accuracy of
+    ``1 / C`` and a cross-entropy of ``ln C``; names of the metric tell which it is. Three standard errors of margin.
+    """
+    classes = output_width(session)
+    score, samples = reference.score, reference.samples or 0
+    if classes is None or not samples:
+        return []
+    by_guessing = 1 / max(classes, 2)
+    margin = 3 * math.sqrt(by_guessing * (1 - by_guessing) / samples)
+    is_rate = settings.direction is Direction.MAX and re.search(r"acc|auroc|auc|f1", settings.monitor, re.IGNORECASE)
+    is_loss = settings.direction is Direction.MIN and re.search(
+        r"loss|entropy|nll|ce\b", settings.monitor, re.IGNORECASE
+    )
+    if is_rate and 0 <= score <= by_guessing + margin:
+        guess = f"1/{max(classes, 2)} by guessing"
+    elif is_loss and classes > 1 and abs(score - math.log(classes)) <= 0.02 * math.log(classes):
+        guess = f"ln({classes}) = {math.log(classes):.3g} by guessing"
+    else:
+        return []
+    return [
+        f"The FP32 score {settings.monitor} = {score:.4g} is about what guessing gives ({guess}): was the model "
+        "trained, and were its weights loaded? What quantization costs an untrained model says nothing."
+    ]
+
+
+def not_run(settings: Settings) -> list[str]:
+    """What the settings ask for and this version does not do."""
+    asked = {"export": settings.export, "remedies": settings.remedies}
+    return [
+        f"`{name}={list(values)}` is not run: this version does not have it yet."
+        for name, values in asked.items()
+        if values
+    ]
+
+
+def direction_warning(settings: Settings, higher_is_better: bool | None) -> list[str]:
+    """A warning if ``mode`` contradicts the direction that the torchmetric behind the monitor declares."""
+    if higher_is_better is None or higher_is_better is (settings.direction is Direction.MAX):
+        return []
+    right = "max" if higher_is_better else "min"
+    return [
+        f"mode={settings.direction.value!r} contradicts the metric behind {settings.monitor!r}, whose "
+        f"`higher_is_better` is {higher_is_better}: pass mode={right!r}, or losses count as gains."
+    ]
+
+
+def output_width(session: Instrumentation) -> int | None:
+    """Width of the last output that carries a quantizer."""
+    quantized = {spot.key for site in session.plan.sites for spot in site.places if spot.slot is None}
+    shared = session.topology.shared_keys()
+    run = session.topology.runs[0] if session.topology.runs else []
+    last = next((operation for operation in reversed(run) if shared[operation.key] in quantized), None)
+    shape = last.outputs[0].shape if last is not None and last.outputs else ()
+    return shape[-1] if len(shape) == 2 else None
