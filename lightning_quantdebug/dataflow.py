@@ -103,7 +103,12 @@ class Flow:
     def decides_only(self, values: list[Value]) -> bool:
         """Whether values are read, but by comparisons and conversions to Python numbers alone."""
         used = [value for value in values if value.consumers]
-        return bool(used) and not any(v.escapes or any(True for _ in self.real_uses(v)) for v in values)
+        return bool(used) and not any(self.leaves(v) or any(True for _ in self.real_uses(v)) for v in values)
+
+    def leaves(self, value: Value) -> bool:
+        """Whether a value, or what passes it on, is returned or handed to code that torch does not see."""
+        movers = (user for user, _ in value.consumers if user.category in _MOVES and self.keeps_grid(user))
+        return value.escapes or any(self.leaves(output) for user in movers for output in user.outputs)
 
 
 def positive_factor(operation: Operation) -> bool:

@@ -204,6 +204,9 @@ class Interception(TorchFunctionMode):
             with ExitStack() as stack:
                 if not before[0]:
                     self._switch_on(stack)
+                elif before[2] != self.thread:
+                    # A backward pass inside the watched block runs on autograd's own thread: modes are per thread.
+                    stack.enter_context(self)
                 yield
         finally:
             self.stack, self.calls, self.thread = before
@@ -267,8 +270,12 @@ class Interception(TorchFunctionMode):
             return self.call_decomposed(args, kwargs or {})
         key = self.key_of(func, frame, sys._getframe(1))
         if key is None:
+            self.out_of_reach(func, frame, "inside a torch.autograd.Function, whose own backward would ignore it")
             return func(*args, **(kwargs or {}))
         return self.operation(key, frame, args, kwargs or {})
+
+    def out_of_reach(self, func: Callable[..., Any], frame: Frame, why: str) -> None:
+        """Called for an operation that runs where nothing can be inserted."""
 
     def operation(self, key: OpKey, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation; subclasses do more than that."""

@@ -121,6 +121,15 @@ _CATEGORIES: dict[Category, str] = {
 }
 CATEGORY_OF: dict[str, Category] = {name: kind for kind, names in _CATEGORIES.items() for name in names.split()}
 
+# What puts no new real numbers on a grid, so that nothing is lost where it has no quantizer.
+NO_ARITHMETIC = (
+    Category.PASS_THROUGH,
+    Category.LOSS,
+    Category.RANDOM,
+    Category.CREATION,
+    Category.NOT_ARITHMETIC,
+)
+
 _BINARY = {"add", "sub", "mul", "truediv", "div", "matmul", "pow", "floordiv", "mod", "and", "or", "xor"}
 _ALIASES = {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "and": "bitwise_and"}
 # In-place names that are their own row above: they have no functional twin with the same arguments.

@@ -67,6 +67,7 @@ class _Placer:
         self._leave_out()
         self._explain_modules()
         self.result.known = set(self.keys.values())
+        self.result.criteria = set(self.topology.criteria)
         self.result.sites = list(self.sites.values())
         self.result.unquantized = [Unquantized(name, reason) for name, reason in self.reasons.items()]
         return self.result
@@ -239,6 +240,8 @@ class _Placer:
             self.reasons[f"{path} (inside)"] = (
                 "its operations can not be seen (TorchScript, NumPy or a custom extension)"
             )
+        for name, why in self.topology.out_of_reach.items():
+            self.reasons.setdefault(name, f"stays in FP32: it runs {why}")
         for path in sorted(self.topology.criteria):
             self.reasons[path] = "returns one number and has no weights: taken for a criterion"
 

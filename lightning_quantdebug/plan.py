@@ -60,6 +60,7 @@ class Plan:
         folded_into: For a folded batch normalization, the name of the weight's quantizer.
         unquantized: What has no quantizer, and why.
         known: Every operation that was recorded; another one at run time was not seen in calibration.
+        criteria: Paths of modules that judge the network; what runs in them is none of ours.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -67,3 +68,4 @@ class Plan:
     folded_into: dict[OpKey, str] = field(default_factory=dict)
     unquantized: list[Unquantized] = field(default_factory=list)
     known: set[OpKey] = field(default_factory=set)
+    criteria: set[str] = field(default_factory=set)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_quantdebug.interception import Frame, Interception, OpKey, clean_path, is_batched
 from lightning_quantdebug.operations import (
+    NO_ARITHMETIC,
     Category,
     Slot,
     category_of,
@@ -66,6 +67,7 @@ class Recorder(Interception):
         """Run one operation and note what went in and out."""
         arguments = list(tensors_in(args, kwargs))
         if any(is_batched(tensor) for _, tensor in arguments):
+            self.out_of_reach(key.func, frame, "inside torch.func: its tensors have no memory of their own")
             return key.func(*args, **kwargs)
         target = in_place_target(key.func, args, kwargs)
         form = functional_call(key.func, args, kwargs) if target is not None and key not in self.real else None
@@ -90,6 +92,11 @@ class Recorder(Interception):
         if target is not None and form is None:
             self._overwritten(target, operation)
         return result
+
+    def out_of_reach(self, func: Callable[..., Any], frame: Frame, why: str) -> None:
+        """Note that an operation can get no quantizer."""
+        if category_of(func) not in NO_ARITHMETIC:
+            self.run.out_of_reach[f"{frame.path}.{operation_name(func)}".lstrip(".")] = why
 
     def _describe(
         self,

@@ -96,12 +96,14 @@ class Run:
         unsafe: In-place operations whose effect the network relies on.
         opaque_modules: Modules whose inside can not be seen.
         scalar_modules: Modules without weights that return one number to the step.
+        out_of_reach: Operations that ran where nothing can be inserted, and why.
     """
 
     operations: list[Operation] = field(default_factory=list)
     unsafe: set[OpKey] = field(default_factory=set)
     opaque_modules: list[str] = field(default_factory=list)
     scalar_modules: set[str] = field(default_factory=set)
+    out_of_reach: dict[str, str] = field(default_factory=dict)
 
 
 class Names:
@@ -144,12 +146,14 @@ class Topology:
         unsafe: In-place operations that must be carried out as they are.
         opaque_modules: Modules whose inside can not be seen (TorchScript, NumPy, custom C++).
         criteria: Modules without weights that return one number to the step.
+        out_of_reach: Operations that ran where nothing can be inserted, and why.
     """
 
     runs: list[list[Operation]] = field(default_factory=list)
     unsafe: set[OpKey] = field(default_factory=set)
     opaque_modules: list[str] = field(default_factory=list)
     criteria: set[str] = field(default_factory=set)
+    out_of_reach: dict[str, str] = field(default_factory=dict)
     names: Names = field(default_factory=Names)
 
     def add(self, run: Run) -> None:
@@ -157,6 +161,7 @@ class Topology:
         self.unsafe |= run.unsafe
         self.opaque_modules += [path for path in run.opaque_modules if path not in self.opaque_modules]
         self.criteria |= run.scalar_modules
+        self.out_of_reach |= run.out_of_reach
         operations = [operation for operation in run.operations if not self._in_criterion(operation)]
         operations = _reaching_the_network(operations)
         main = _main_operations(operations)
