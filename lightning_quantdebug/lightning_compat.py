@@ -302,10 +302,24 @@ def replaced(target: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
+def kept(target: Any, name: str) -> Iterator[None]:
+    """Give an attribute its value back after the body, or have it gone again if it was not there."""
+    attributes = vars(target)
+    was_there, before = name in attributes, attributes.get(name)
+    try:
+        yield
+    finally:
+        if was_there:
+            setattr(target, name, before)
+        else:
+            attributes.pop(name, None)
+
+
+@contextmanager
 def parallel_flags_kept(trainer: TrainerLike) -> Iterator[None]:
     """Keep DDP's note of whether buffers must be synchronised: a forward without gradients clears it."""
     name = "require_forward_param_sync"
-    with replaced(trainer.model, name, getattr(trainer.model, name)) if hasattr(trainer.model, name) else nullcontext():
+    with kept(trainer.model, name) if hasattr(trainer.model, name) else nullcontext():
         yield
 
 

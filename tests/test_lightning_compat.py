@@ -123,6 +123,17 @@ def test_batch_sizes(tmp_path: Any) -> None:
     assert compat.batch_size_of(running, endless) is None
 
 
+def test_kept_attributes_come_back_or_go_again() -> None:
+    class Holder:
+        pass
+
+    holder = Holder()
+    holder.old = 1  # type: ignore[attr-defined] # that is the point
+    with compat.kept(holder, "old"), compat.kept(holder, "new"), compat.kept(holder, "never"):
+        vars(holder).update(old=2, new=3)
+    assert vars(holder) == {"old": 1}
+
+
 def test_replaced_restores_after_an_error() -> None:
     class Holder:
         value = 1
