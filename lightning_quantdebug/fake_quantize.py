@@ -67,6 +67,34 @@ def fake_quantize(x: Tensor, encoding: Encoding) -> Tensor:
     return quantized
 
 
+def fake_quantize_(x: Tensor, encoding: Encoding) -> Tensor:
+    """As :func:`fake_quantize`, written into ``x``: no second tensor has to be found for a result of the same size.
+
+    On a CPU the pages of a fresh large tensor cost as much as the arithmetic. Gradients do not pass.
+
+    Args:
+        x: As in :func:`fake_quantize`; it must not be needed as it was.
+        encoding: As in :func:`fake_quantize`.
+
+    Returns:
+        ``x``.
+
+    Examples:
+        >>> from lightning_quantdebug.target import QuantSpec
+        >>> encoding = Encoding(QuantSpec(4), scale=torch.tensor(0.5), zero_point=torch.tensor(5.0))
+        >>> fake_quantize_(torch.tensor([0.3, 9.0]), encoding)
+        tensor([0.5000, 5.0000])
+    """
+    with torch.no_grad():
+        plain = type(x) is Tensor and not _is_transformed(x) and dense_view(x) is not None
+        if plain and x.dtype in (torch.float32, torch.float64) and encoding.channel_axis is None:
+            operands = _operands(x, encoding)
+            if x.numel() > BLOCK_SIZE and x.device.type == "cpu":
+                return _quantize_blocks(x, encoding, operands, x)
+            return _on_grid_(x.div_(operands[0]), *operands)
+        return x.copy_(_quantize(x, encoding))
+
+
 def dense_view(x: Tensor) -> Tensor | None:
     """All values of ``x`` in the order of memory, as a view of shape ``(x.numel(),)``; ``None`` if there is none.
 
@@ -150,16 +178,15 @@ def _quantize(x: Tensor, encoding: Encoding) -> Tensor:
     if type(x) not in (Tensor, torch.nn.Parameter) or _is_transformed(x):
         return _on_grid(values.float() if _is_half(x) else values, *operands).reshape(x.shape).to(x.dtype)
     if x.numel() > BLOCK_SIZE and x.device.type == "cpu" and dense_view(x) is not None:
-        return _quantize_blocks(x, encoding, operands)
+        return _quantize_blocks(x, encoding, operands, torch.empty_like(x))
     if _is_half(x):
         return _on_grid_(values.float().div_(operands[0]), *operands).reshape(x.shape).to(x.dtype)
     result = _on_grid_(values.div(operands[0]), *operands)
     return result if values is x else result.reshape(x.shape)
 
 
-def _quantize_blocks(x: Tensor, encoding: Encoding, operands: _Operands) -> Tensor:
+def _quantize_blocks(x: Tensor, encoding: Encoding, operands: _Operands, result: Tensor) -> Tensor:
     """The arithmetic, block after block, so that all operations but the first find the block in the cache."""
-    result = torch.empty_like(x)
     axis = encoding.channel_axis or 0
     if encoding.channel_axis is None:
         source, target = x.as_strided((x.numel(),), (1,)), result.as_strided((x.numel(),), (1,))

@@ -165,6 +165,7 @@ def operation_name(func: Callable[..., Any]) -> str:
     return _name_of(func)
 
 
+@lru_cache(maxsize=4096)
 def category_of(func: Callable[..., Any]) -> Category:
     """The category of an operation; a property that yields no tensor is not arithmetic.
 

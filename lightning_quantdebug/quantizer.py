@@ -16,14 +16,15 @@ from torch import Tensor
 
 from lightning_quantdebug.encoding import Encoding, encoding_from_range
 from lightning_quantdebug.errors import CaptureError, SettingsError
-from lightning_quantdebug.fake_quantize import fake_quantize
+from lightning_quantdebug.fake_quantize import fake_quantize, fake_quantize_
 from lightning_quantdebug.observer import Observer
 from lightning_quantdebug.range_setting import range_from_observer, range_from_tensor
-from lightning_quantdebug.target import Kind, Mode, QuantSpec
+from lightning_quantdebug.target import Kind, Mode, QuantSpec, RangeSetting
 
 # At 32 bits the range is widened on both sides by this many times its width, so that data which calibration has not
-# seen is not clipped: the check is about the pipeline, not about ranges. The grid is still finer than float32's own.
-_HEADROOM = 4.0
+# seen is not clipped: the check is about the pipeline, not about ranges. With 16 the grid has 2^32 / 33 = 2^27 levels in
+# the range that was seen, still eight times finer than float32 at its ends.
+_HEADROOM = 16.0
 
 
 class CustomQuantizer(Protocol):
@@ -100,6 +101,7 @@ class Quantizer:
         self._spec = spec
         self._encoding: Encoding | None = None
         self._range: tuple[Tensor, Tensor] | None = None
+        self._whole_range: tuple[Tensor, Tensor] | None = None
         self.factory = factory
         self._custom = factory(spec) if factory is not None else None
 
@@ -145,7 +147,7 @@ class Quantizer:
     def reset(self) -> None:
         """Forget what was observed."""
         self.observer = Observer()
-        self._range = None
+        self._range = self._whole_range = None
         self.encoding = None
 
     def observe(self, x: Tensor) -> None:
@@ -153,6 +155,8 @@ class Quantizer:
         if self.kind is Kind.WEIGHT:
             self.observer = Observer()
             self._range = range_from_tensor(x.detach(), self._spec, self.channel_axis)
+            unclipped = replace(self._spec, range_setting=RangeSetting.MIN_MAX)
+            self._whole_range = range_from_tensor(x.detach(), unclipped, self.channel_axis)
         self.observer.observe(x)
 
     def set_range(self) -> None:
@@ -177,16 +181,23 @@ class Quantizer:
         self._custom = self.factory(self._spec) if self.factory is not None else None
         if self._range is None:
             return
-        if bit_width < 32 or self.kind is Kind.WEIGHT:
+        if bit_width < 32:
             self.set_range()
+            return
+        if self._whole_range is not None:
+            self.encoding = encoding_from_range(*self._whole_range, self._spec, self.channel_axis)
             return
         low, high = self.fixed_range or (self.observer.range_min, self.observer.range_max)
         margin = 0.0 if self.fixed_range else _HEADROOM * max(high - low, 1e-6)
         ends = (torch.tensor(low - margin), torch.tensor(high + margin))
         self.encoding = encoding_from_range(*ends, self._spec)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, overwrite: bool = False) -> Tensor:
         """Do what the mode says; the result has the shape and dtype of ``x``.
+
+        Args:
+            x: The tensor.
+            overwrite: Whether the result may be written into ``x``, which saves memory and time.
 
         Raises:
             CaptureError: If a custom quantizer changes the shape or the dtype.
@@ -201,7 +212,7 @@ class Quantizer:
         if self._encoding.scale.device != x.device:
             self._encoding = self._encoding.to(x.device)
         if self._custom is None:
-            return fake_quantize(x, self._encoding)
+            return (fake_quantize_ if overwrite else fake_quantize)(x, self._encoding)
         result = self._custom(x, self._encoding)
         if not isinstance(result, Tensor) or result.shape != x.shape or result.dtype != x.dtype:
             got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__

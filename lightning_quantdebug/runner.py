@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from lightning_quantdebug.interception import Frame, Interception, OpKey, call_site, clean_path
 from lightning_quantdebug.operations import (
-    CATEGORY_OF,
     Category,
     Slot,
+    category_of,
     functional_call,
     in_place_target,
     operation_name,
@@ -36,6 +36,20 @@ from lightning_quantdebug.quantizer import Quantizer
 from lightning_quantdebug.target import Kind, Mode
 
 _COUNTED = (Category.CONVOLUTION, Category.LINEAR, Category.MATMUL, Category.RECURRENT, Category.ADD, Category.LOOKUP)
+# Operations whose result is a tensor of its own that nobody else holds: a quantizer may write into it.
+_MAKES_NEW = (
+    Category.CONVOLUTION,
+    Category.LINEAR,
+    Category.MATMUL,
+    Category.ATTENTION,
+    Category.ADD,
+    Category.MULTIPLY,
+    Category.NORM,
+    Category.BATCH_NORM,
+    Category.PIECEWISE_LINEAR,
+    Category.NONLINEAR,
+    Category.BOUNDED,
+)
 Trace = Callable[[str, Any], None]
 
 
@@ -47,6 +61,7 @@ class WeightPlace:
     quantizer: Quantizer
     fold: BatchNormFold | None = None
     cached: tuple[Any, Tensor, Tensor | None] | None = None
+    observed: tuple[Any, ...] | None = None
 
 
 @dataclass
@@ -60,6 +75,7 @@ class OpPlan:
     positions: tuple[int, ...] = ()
     folded_into: Quantizer | None = None
     unsafe: bool = False
+    makes_new: bool = False
 
 
 class Runner(Interception):
@@ -114,7 +130,8 @@ class Runner(Interception):
         """The plan of one operation, made on first use."""
         sites = self._table.setdefault((key.path, key.call), {})
         rounds = sites.setdefault((key.func, key.site), {})
-        return rounds.setdefault(key.occurrence, OpPlan(names.get(key, key.path), unsafe=unsafe))
+        makes_new = category_of(key.func) in _MAKES_NEW
+        return rounds.setdefault(key.occurrence, OpPlan(names.get(key, key.path), unsafe=unsafe, makes_new=makes_new))
 
     def plan_for(self, path: str, call: int) -> Any:
         """The plans of a module's operations: of this call, or those that all calls share."""
@@ -149,15 +166,16 @@ class Runner(Interception):
 
     def _count_unseen(self, func: Callable[..., Any], frame: Frame) -> None:
         """Note an operation with arithmetic that recording had not met."""
-        name = operation_name(func)
-        if frame.module is not None and CATEGORY_OF.get(name) in _COUNTED:
-            self.unseen[f"{frame.path}.{name}".lstrip(".")] += 1
+        if frame.module is not None and category_of(func) in _COUNTED:
+            self.unseen[f"{frame.path}.{operation_name(func)}".lstrip(".")] += 1
 
     def _run(self, planned: OpPlan, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation with the quantizers that are on."""
         if planned.folded_into is not None and _is_on(planned.folded_into):
             result = args[0] if args else kwargs["input"]
-            return self._put_on_grid(planned, result) if planned.output is not None else result
+            if planned.output is None:
+                return result
+            return self._put_on_grid(planned, result, overwrite=not torch.is_grad_enabled())
         for slot, quantizer in planned.inputs:
             if quantizer.mode is not Mode.BYPASS:
                 args, kwargs = with_argument(args, kwargs, slot, quantizer(value_at(args, kwargs, slot)))
@@ -173,6 +191,8 @@ class Runner(Interception):
     ) -> Any:
         """Run an operation whose result is quantized or observed."""
         target = in_place_target(func, args, kwargs)
+        if not torch.is_grad_enabled() and (target is not None or planned.makes_new):
+            return self._put_on_grid(planned, func(*args, **kwargs), overwrite=True)
         if target is None:
             return self._put_on_grid(planned, func(*args, **kwargs))
         form = None if planned.unsafe else functional_call(func, args, kwargs)
@@ -182,11 +202,11 @@ class Runner(Interception):
         target.copy_(self._put_on_grid(planned, target.clone()))
         return result
 
-    def _put_on_grid(self, planned: OpPlan, result: Any) -> Any:
+    def _put_on_grid(self, planned: OpPlan, result: Any, overwrite: bool = False) -> Any:
         """The result with its tensors quantized."""
         assert planned.output is not None
         if isinstance(result, Tensor):
-            return planned.output(result)
+            return planned.output(result, overwrite)
         items = [
             planned.output(item) if index in planned.positions and isinstance(item, Tensor) else item
             for index, item in enumerate(result)
@@ -205,9 +225,7 @@ class Runner(Interception):
         if spot.fold is not None:
             bias = kwargs.get("bias") if len(args) < 3 else args[2]
         if spot.quantizer.mode is Mode.OBSERVE:
-            with torch.no_grad():
-                folded, _ = self._folded(spot, weight, bias)
-                spot.quantizer.observe(folded)
+            self._observe_weight(spot, weight, bias)
             return args, kwargs
         if not spot.quantizer.is_calibrated:
             return args, kwargs
@@ -219,13 +237,27 @@ class Runner(Interception):
             return args, {**kwargs, "bias": folded_bias}
         return with_argument(args, kwargs, bias_slot, folded_bias)
 
+    def _observe_weight(self, spot: WeightPlace, weight: Tensor, bias: Tensor | None) -> None:
+        """Let the quantizer see the weight, once for as long as it does not change."""
+        state = (id(spot.quantizer.observer), *self._state(spot, weight, bias))
+        if spot.observed == state and spot.quantizer.observer.count:
+            return
+        with torch.no_grad():
+            folded, _ = self._folded(spot, weight, bias)
+            spot.quantizer.observe(folded)
+        spot.observed = (id(spot.quantizer.observer), *state[1:])
+
+    def _state(self, spot: WeightPlace, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        """What the weight that the hardware sees depends on."""
+        tensors = (weight, bias, *(self._norm_tensors(spot.fold) if spot.fold is not None else ()))
+        return tuple(_state_of(tensor) for tensor in tensors)
+
     def _quantized_weight(self, spot: WeightPlace, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The quantized weight and folded bias, computed once for as long as nothing that they depend on changes."""
         if torch.is_grad_enabled() and weight.requires_grad:
             folded, folded_bias = self._folded(spot, weight, bias)
             return spot.quantizer(folded), folded_bias
-        tensors = (weight, bias, *(self._norm_tensors(spot.fold) if spot.fold is not None else ()))
-        state = (spot.quantizer.version, *(_state_of(tensor) for tensor in tensors))
+        state = (spot.quantizer.version, *self._state(spot, weight, bias))
         if spot.cached is None or spot.cached[0] != state:
             with torch.no_grad():
                 folded, folded_bias = self._folded(spot, weight, bias)
