@@ -120,6 +120,8 @@ class _Placer:
             name = value.name or f"{operation.name}.input"
             if not value.floating:
                 self.reasons.setdefault(name, "integers: nothing to quantize")
+            elif value.written:
+                self.reasons.setdefault(name, "the network writes into it: what it writes is quantized instead")
             elif self.flow.is_mask(value) or not any(self.flow.real_uses(value)):
                 self.reasons.setdefault(name, "a mask, or read by no arithmetic")
             elif self.rules.inputs and any(self._reads_integers(use) for use, _ in self.flow.real_uses(value)):

@@ -181,6 +181,7 @@ class Recorder(Interception):
         written = operation.outputs[-1]
         storage = _storage_of(target)
         for alias in self._aliases.get(storage, ()) if storage is not None else ():
+            self._values[alias].written = True
             self._values[alias] = written
 
     def _mark_stale(self, target: Tensor, key: OpKey) -> None:

@@ -20,14 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quantdebug.interception import Frame, Interception, OpKey, call_site, clean_path
+from lightning_quantdebug.interception import Frame, Interception, OpKey, call_site, clean_path, is_batched
 from lightning_quantdebug.operations import (
+    NO_ARITHMETIC,
     Category,
     Slot,
     category_of,
     functional_call,
     in_place_target,
     operation_name,
+    tensors_in,
     value_at,
     with_argument,
 )
@@ -35,7 +37,6 @@ from lightning_quantdebug.plan import BatchNormFold, Plan
 from lightning_quantdebug.quantizer import Quantizer
 from lightning_quantdebug.target import Kind, Mode
 
-_COUNTED = (Category.CONVOLUTION, Category.LINEAR, Category.MATMUL, Category.RECURRENT, Category.ADD, Category.LOOKUP)
 # Operations whose result is a tensor of its own that nobody else holds: a quantizer may write into it.
 _MAKES_NEW = (
     Category.CONVOLUTION,
@@ -50,7 +51,40 @@ _MAKES_NEW = (
     Category.NONLINEAR,
     Category.BOUNDED,
 )
+# Products that may hand back one of their factors, or a view of it.
+_MAY_BE_VIEWS = ("einsum", "chain_matmul", "multi_dot", "tensordot")
 Trace = Callable[[str, Any], None]
+
+
+class _Sources:
+    """What a weight was computed from: an owner (an encoding's version, an observer) and tensors, as they were.
+
+    The tensors are held, so that no other one can take their identity. Writing through ``.data``, as weight averaging
+    does, changes no version: on CPU some values are compared as well (about 3 us a tensor). On an accelerator that
+    would wait for the device at each weight, so that it is left out.
+    """
+
+    def __init__(self, owner: object, tensors: tuple[Tensor | None, ...]) -> None:
+        self._owner = owner
+        self._tensors = tensors
+        self._versions = [None if t is None or t.is_inference() else t._version for t in tensors]
+        self._values = [None if t is None else _some_values(t).clone() for t in tensors]
+
+    def are_still(self, owner: object, tensors: tuple[Tensor | None, ...]) -> bool:
+        """Whether the owner is equal, and the tensors are the same ones and were not written into since."""
+        return owner == self._owner and all(map(self._is_still, tensors, self._tensors, self._versions, self._values))
+
+    @staticmethod
+    def _is_still(tensor: Tensor | None, before: Tensor | None, version: int | None, values: Tensor | None) -> bool:
+        """Whether one tensor is the same and was not written into since; of an inference tensor that is not known."""
+        if tensor is None or tensor is not before or values is None or version is None:
+            return tensor is None and before is None
+        return tensor._version == version and (tensor.device.type != "cpu" or torch.equal(_some_values(tensor), values))
+
+
+def _some_values(tensor: Tensor) -> Tensor:
+    """About eight values along each axis of a tensor, as a view."""
+    return tensor.detach()[tuple(slice(None, None, max(1, size // 8)) for size in tensor.shape)]
 
 
 @dataclass
@@ -60,8 +94,8 @@ class WeightPlace:
     slot: Slot
     quantizer: Quantizer
     fold: BatchNormFold | None = None
-    cached: tuple[Any, Tensor, Tensor | None] | None = None
-    observed: tuple[Any, ...] | None = None
+    cached: tuple[_Sources, Tensor, Tensor | None] | None = None
+    observed: _Sources | None = None
 
 
 @dataclass
@@ -107,6 +141,7 @@ class Runner(Interception):
         super().__init__(root, scope)
         self.unseen: dict[str, int] = defaultdict(int)
         self.trace: Trace | None = None
+        self._criteria = plan.criteria
         self._owners = {clean_path(path): module for path, module in root.named_modules()}
         self._table: dict[tuple[str, int | None], dict[Any, dict[int | None, OpPlan]]] = {}
         for key in plan.known:
@@ -130,7 +165,7 @@ class Runner(Interception):
         """The plan of one operation, made on first use."""
         sites = self._table.setdefault((key.path, key.call), {})
         rounds = sites.setdefault((key.func, key.site), {})
-        makes_new = category_of(key.func) in _MAKES_NEW
+        makes_new = category_of(key.func) in _MAKES_NEW and operation_name(key.func) not in _MAY_BE_VIEWS
         return rounds.setdefault(key.occurrence, OpPlan(names.get(key, key.path), unsafe=unsafe, makes_new=makes_new))
 
     def plan_for(self, path: str, call: int) -> Any:
@@ -151,23 +186,32 @@ class Runner(Interception):
             return func(*args, **(kwargs or {}))
         rounds = frame.plan.get((func, site)) if frame.plan is not None else None
         if rounds is None:
-            self._count_unseen(func, frame)
+            self._count_unseen(func, frame, args, kwargs)
             return func(*args, **(kwargs or {}))
         occurrence = frame.seen.get((func, site), 0)
         frame.seen[(func, site)] = occurrence + 1
         planned = rounds.get(occurrence) or rounds.get(None)
         if planned is None:
-            self._count_unseen(func, frame)
+            self._count_unseen(func, frame, args, kwargs)
             return func(*args, **(kwargs or {}))
         result = self._run(planned, func, args, kwargs or {})
         if self.trace is not None:
             self.trace(planned.name, result)
         return result
 
-    def _count_unseen(self, func: Callable[..., Any], frame: Frame) -> None:
-        """Note an operation with arithmetic that recording had not met."""
-        if frame.module is not None and category_of(func) in _COUNTED:
+    def _count_unseen(
+        self, func: Callable[..., Any], frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any] | None
+    ) -> None:
+        """Note an operation with arithmetic that recording had not met; what the step does itself is its own."""
+        if frame.module is None or category_of(func) in NO_ARITHMETIC or self._is_criterion(frame.path):
+            return
+        tensors = [tensor for _, tensor in tensors_in(args, kwargs or {})]
+        if any(tensor.is_floating_point() for tensor in tensors) and not any(map(is_batched, tensors)):
             self.unseen[f"{frame.path}.{operation_name(func)}".lstrip(".")] += 1
+
+    def _is_criterion(self, path: str) -> bool:
+        """Whether a module judges the network."""
+        return any(path == criterion or path.startswith(f"{criterion}.") for criterion in self._criteria)
 
     def _run(self, planned: OpPlan, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation with the quantizers that are on."""
@@ -191,16 +235,17 @@ class Runner(Interception):
     ) -> Any:
         """Run an operation whose result is quantized or observed."""
         target = in_place_target(func, args, kwargs)
-        if not torch.is_grad_enabled() and (target is not None or planned.makes_new):
-            return self._put_on_grid(planned, func(*args, **kwargs), overwrite=True)
+        nobody_looks_back = not torch.is_grad_enabled()
         if target is None:
-            return self._put_on_grid(planned, func(*args, **kwargs))
+            return self._put_on_grid(planned, func(*args, **kwargs), nobody_looks_back and planned.makes_new)
         form = None if planned.unsafe else functional_call(func, args, kwargs)
-        if form is not None:
-            return self._put_on_grid(planned, form[0](*form[1], **form[2]).to(target.dtype))
-        result = func(*args, **kwargs)
-        target.copy_(self._put_on_grid(planned, target.clone()))
-        return result
+        if form is None:
+            result = func(*args, **kwargs)
+            target.copy_(self._put_on_grid(planned, target.clone(), overwrite=True))
+            return result
+        if nobody_looks_back:
+            return self._put_on_grid(planned, func(*args, **kwargs), overwrite=True)
+        return self._put_on_grid(planned, form[0](*form[1], **form[2]).to(target.dtype))
 
     def _put_on_grid(self, planned: OpPlan, result: Any, overwrite: bool = False) -> Any:
         """The result with its tensors quantized."""
@@ -239,29 +284,29 @@ class Runner(Interception):
 
     def _observe_weight(self, spot: WeightPlace, weight: Tensor, bias: Tensor | None) -> None:
         """Let the quantizer see the weight, once for as long as it does not change."""
-        state = (id(spot.quantizer.observer), *self._state(spot, weight, bias))
-        if spot.observed == state and spot.quantizer.observer.count:
+        sources = self._sources(spot, weight, bias)
+        observer = spot.quantizer.observer
+        if observer.count and spot.observed is not None and spot.observed.are_still(observer, sources):
             return
         with torch.no_grad():
             folded, _ = self._folded(spot, weight, bias)
             spot.quantizer.observe(folded)
-        spot.observed = (id(spot.quantizer.observer), *state[1:])
+        spot.observed = _Sources(spot.quantizer.observer, sources)
 
-    def _state(self, spot: WeightPlace, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    def _sources(self, spot: WeightPlace, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
         """What the weight that the hardware sees depends on."""
-        tensors = (weight, bias, *(self._norm_tensors(spot.fold) if spot.fold is not None else ()))
-        return tuple(_state_of(tensor) for tensor in tensors)
+        return (weight, bias, *(self._norm_tensors(spot.fold) if spot.fold is not None else ()))
 
     def _quantized_weight(self, spot: WeightPlace, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The quantized weight and folded bias, computed once for as long as nothing that they depend on changes."""
-        if torch.is_grad_enabled() and weight.requires_grad:
+        sources = self._sources(spot, weight, bias)
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in sources):
             folded, folded_bias = self._folded(spot, weight, bias)
             return spot.quantizer(folded), folded_bias
-        state = (spot.quantizer.version, *self._state(spot, weight, bias))
-        if spot.cached is None or spot.cached[0] != state:
+        if spot.cached is None or not spot.cached[0].are_still(spot.quantizer.version, sources):
             with torch.no_grad():
                 folded, folded_bias = self._folded(spot, weight, bias)
-                spot.cached = (state, spot.quantizer(folded), folded_bias)
+                spot.cached = (_Sources(spot.quantizer.version, sources), spot.quantizer(folded), folded_bias)
         return spot.cached[1], spot.cached[2]
 
     def forget_weights(self) -> None:
@@ -298,13 +343,6 @@ class Runner(Interception):
 def _is_on(quantizer: Quantizer) -> bool:
     """Whether a quantizer changes its tensor now."""
     return quantizer.mode is Mode.QUANTIZE and quantizer.is_calibrated
-
-
-def _state_of(tensor: Tensor | None) -> tuple[int, int, int] | None:
-    """What changes whenever a tensor is replaced or written into."""
-    if tensor is None:
-        return None
-    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def fold_batch_norm(

@@ -34,6 +34,7 @@ class Value:
         discrete: Whether it is computed from integers alone, as masks and positions are.
         shape: Its shape.
         number: Its value, where it is a constant of one element.
+        written: Whether the network writes into it, through itself or a view, and relies on that.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Value:
     shape: tuple[int, ...]
     discrete: bool = False
     number: float | None = None
+    written: bool = False
     consumers: list[tuple[Operation, Slot]] = field(default_factory=list)
     escapes: bool = False
 
