@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from lightning_quantdebug.calibration import calibration_loader, capture, set_ranges
+from lightning_quantdebug.errors import NonFiniteScoreError
 from lightning_quantdebug.evaluation import Evaluation, Evaluator
 from lightning_quantdebug.flowchart import final_verdict, judge, next_step
-from lightning_quantdebug.fp32_check import Fp32Check, Reference
+from lightning_quantdebug.fp32_check import Fp32Check, Reference, first_non_finite
 from lightning_quantdebug.instrument import Instrumentation
 from lightning_quantdebug.observer import Histogram
 from lightning_quantdebug.own_quantizers import find_own_quantizers, own_quantizers
@@ -131,8 +132,13 @@ class Diagnosis:
 
     def _fp32_check(self) -> Step:
         """FP32 twice, then record, calibrate and check the pipeline."""
-        reference = self._measure(None)
-        repeated = self._measure(None, model_seed=1)
+        try:
+            reference = self._measure(None)
+            repeated = self._measure(None, model_seed=1)
+        except NonFiniteScoreError:
+            culprit = first_non_finite(self.evaluator)
+            self.report = self.report.with_findings(culprit)
+            return Step(StepName.FP32_CHECK, StepVerdict.BROKEN, advice=culprit.evidence)
         self._reference = reference
         self.report = replace(self.report, baseline=Baseline(reference.score, reference.samples))
         self.session = self._calibrated_session()
@@ -214,17 +220,24 @@ class Diagnosis:
             advice = f"The target quantizes no {kind.value if kind else 'tensor'}: nothing to measure."
             return Step(name, StepVerdict.PASSED, reference.score, 0.0, (0.0, 0.0), advice)
         with session.modes(Mode.QUANTIZE, kind=kind):
-            evaluation = self._measure(session)
+            try:
+                evaluation = self._measure(session)
+            except NonFiniteScoreError:
+                return self._without_score(name, self.evaluator)
         return self._judged(name, reference, evaluation)
 
     def _quantize_model(self) -> Step:
         """The whole model at its final settings, on the full validation set."""
         session, reference = self._needs_session()
-        if self.settings.limit_batches != 1.0:
+        limit = self.settings.limit_batches
+        if isinstance(limit, int) or limit < 1.0:
             reference = self.acceptance.run()
             self.report = replace(self.report, baseline=Baseline(reference.score, reference.samples))
         with session.modes(Mode.QUANTIZE):
-            evaluation = self.acceptance.run(session.around_step)
+            try:
+                evaluation = self.acceptance.run(session.around_step)
+            except NonFiniteScoreError:
+                return self._without_score(StepName.QUANTIZE_MODEL, self.acceptance)
         self.advance()
         step = self._judged(StepName.QUANTIZE_MODEL, reference, evaluation)
         self._note_samples(step, evaluation)
@@ -276,6 +289,18 @@ class Diagnosis:
         interval = loss_interval(reference, evaluation, direction)
         permitted = self.settings.tolerance.permitted_loss(reference.score)
         return Step(name, judge(loss, interval, permitted), evaluation.score, loss, interval)
+
+    def _without_score(self, name: StepName, evaluator: Evaluator) -> Step:
+        """A step whose score, with the quantizers as they are, is NaN or infinite."""
+        session, _ = self._needs_session()
+        finding = first_non_finite(evaluator, session.around_step)
+        if finding not in self.report.findings:
+            self.report = self.report.with_findings(finding)
+        advice = (
+            f"Quantized, {finding.evidence}: a logarithm, a division or an exponential has met a value that rounding "
+            "turned into 0. Leave the tensors before it in FP32 (`exclude`), or give them more bits."
+        )
+        return Step(name, StepVerdict.FAILED, advice=advice)
 
     def _note_samples(self, step: Step, evaluation: Evaluation) -> None:
         """Say when the validation set is too small to resolve the tolerance, and which size would do."""

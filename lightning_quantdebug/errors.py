@@ -23,6 +23,10 @@ class EvaluationError(QuantDebugError, RuntimeError):
     """The user's validation loop can not be run or does not give the monitored score."""
 
 
+class NonFiniteScoreError(EvaluationError):
+    """The monitored score is NaN or infinite."""
+
+
 class BrokenPipelineError(QuantDebugError, RuntimeError):
     """The FP32 sanity check failed: no quantization result could be trusted."""
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from lightning_quantdebug import lightning_compat as compat
 from lightning_quantdebug.batch_scores import BatchRecorder, BatchScore
-from lightning_quantdebug.errors import EvaluationError, SettingsError
+from lightning_quantdebug.errors import EvaluationError, NonFiniteScoreError, SettingsError
 from lightning_quantdebug.evaluation_data import EvaluationData
 from lightning_quantdebug.lightning_compat import ModuleLike, TrainerLike
 from lightning_quantdebug.loader_copies import check_limit
@@ -223,7 +223,7 @@ class Evaluator:
                 + (f"Use any of the following: `{available}`." if available else "Validation logs no metric at all.")
             )
         if not math.isfinite(evaluation.score):
-            raise EvaluationError(
+            raise NonFiniteScoreError(
                 f"The score `{self.monitor}` is {evaluation.score}, where a finite number is needed to compare "
                 "configurations. Look at the validation of the FP32 model first."
             )

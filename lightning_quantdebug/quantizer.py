@@ -22,7 +22,7 @@ from lightning_quantdebug.range_setting import range_from_observer, range_from_t
 from lightning_quantdebug.target import Kind, Mode, QuantSpec, RangeSetting
 
 # At 32 bits the range is widened on both sides by this many times its width, so that data which calibration has not
-# seen is not clipped: the check is about the pipeline, not about ranges. With 16 the grid has 2^32 / 33 = 2^27 levels in
+# seen is not clipped: the check is about the pipeline, not about ranges. With 16 there are 2^32 / 33 = 2^27 levels in
 # the range that was seen, still eight times finer than float32 at its ends.
 _HEADROOM = 16.0
 

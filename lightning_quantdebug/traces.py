@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -48,11 +50,11 @@ class OutputTrace:
 
     def keep(self, name: str, output: Any) -> None:
         """Take in one output of the first run."""
-        self.kept += [(name, tensor.detach().clone()) for tensor in _compared(output)]
+        self.kept += [(name, tensor.detach().clone()) for tensor in tensors_of(output)]
 
     def compare(self, name: str, output: Any) -> None:
         """Compare one output of the second run."""
-        for tensor in _compared(output):
+        for tensor in tensors_of(output):
             if self._position >= len(self.kept):
                 self.errors.append(Parting(name, float("inf")))
                 return
@@ -69,16 +71,62 @@ class OutputTrace:
         """Whether any compared output was float16 or bfloat16."""
         return self._half
 
-    def first_beyond(self, bound: float) -> Parting | None:
-        """The first output whose error exceeds ``bound``."""
-        return next((parting for parting in self.errors if not parting.error <= bound), None)
+    def first_beyond(self, bound: float, bounds: Sequence[float] = ()) -> Parting | None:
+        """The first output whose error exceeds ``bound`` and, where given, the bound of its own."""
+        pairs = zip(self.errors, chain(bounds, repeat(0.0)), strict=False)
+        return next((parting for parting, own in pairs if not parting.error <= max(bound, own)), None)
+
+    def again(self) -> OutputTrace:
+        """A trace that compares another run with the one kept here."""
+        other = OutputTrace(self.skip)
+        other.kept = self.kept
+        return other
 
     def worst(self) -> Parting | None:
         """The output with the largest error."""
         return max(self.errors, key=lambda parting: parting.error, default=None)
 
 
-def _compared(output: Any) -> Iterator[Tensor]:
+class SizeTrace:
+    """Of each output of a long run two numbers, so that a second run can be compared with it in little memory.
+
+    The two are a weighted sum (weights 0.5 to 1.5, so that a softmax and a permutation show) and the Euclidean norm.
+    Independent noise of relative size ``e`` in every value moves the sum by about ``e`` times the norm.
+    """
+
+    def __init__(self) -> None:
+        """Start without a run."""
+        self.errors: list[Parting] = []
+        self._kept: list[tuple[str, float, float]] = []
+        self._position = 0
+
+    def keep(self, name: str, output: Any) -> None:
+        """Take in one output of the first run."""
+        self._kept += [(name, *_size(tensor)) for tensor in tensors_of(output)]
+
+    def compare(self, name: str, output: Any) -> None:
+        """Compare one output of the second run."""
+        for tensor in tensors_of(output):
+            kept = self._kept[self._position] if self._position < len(self._kept) else ("", 0.0, 0.0)
+            self._position += 1
+            total, _ = _size(tensor)
+            same = total == kept[1] or (math.isnan(total) and math.isnan(kept[1]))
+            error = 0.0 if same else abs(total - kept[1]) / kept[2] if kept[2] > 0 else math.inf
+            self.errors.append(Parting(name, error if kept[0] == name else math.inf))
+
+    def first_beyond(self, bound: float) -> Parting | None:
+        """The first output whose error exceeds ``bound``."""
+        return next((parting for parting in self.errors if not parting.error <= bound), None)
+
+
+def _size(tensor: Tensor) -> tuple[float, float]:
+    """Weighted sum and Euclidean norm in float64."""
+    values = tensor.detach().double().flatten()
+    weights = torch.linspace(0.5, 1.5, values.numel(), dtype=torch.float64, device=values.device)
+    return float(values @ weights), float(values.norm())
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
     """The tensors of an output that hold real numbers."""
     for _, tensor in tensors_in((plain_containers(output),), {}):
         if tensor.is_floating_point() and tensor.layout is torch.strided:
