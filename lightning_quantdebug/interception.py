@@ -264,7 +264,7 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         """Hand each operation that is neither muted nor opaque to :meth:`operation`."""
         frame = self.stack[-1]
-        if frame.muted or threading.get_ident() != self.thread:
+        if frame.muted:
             return func(*args, **(kwargs or {}))
         if func is F.multi_head_attention_forward:
             return self.call_decomposed(args, kwargs or {})

@@ -9,7 +9,6 @@ itself is never changed (Jacob et al. 2018, section 3.2; Nagel et al. 2021, sect
 from __future__ import annotations
 
 import sys
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -177,7 +176,7 @@ class Runner(Interception):
     ) -> Any:
         """Look the operation up and run it as planned."""
         frame = self.stack[-1]
-        if frame.muted or isinstance(func, MethodWrapperType) or threading.get_ident() != self.thread:
+        if frame.muted or type(func) is MethodWrapperType:
             return func(*args, **(kwargs or {}))
         if func is F.multi_head_attention_forward:
             return self.call_decomposed(args, kwargs or {})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name that torch's own documentation uses
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -223,10 +223,7 @@ class Branching(nn.Module):
         self.head = nn.Linear(8, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 0:
-            x = F.relu(self.a(x))
-        else:
-            x = torch.tanh(self.b(x)) + x
+        x = F.relu(self.a(x)) if x.sum() > 0 else torch.tanh(self.b(x)) + x
         for _ in range(1 + int(x.abs().max().item() > 1.5)):
             x = F.relu(self.cell(x))
         return self.head(x)
