@@ -84,10 +84,9 @@ def run_pass(
         place = _Place(trainer.global_rank)
         compat.listen(loop, recorder.on_log)
         compat.on_each_batch(loop, before=place.move, after=recorder.end_batch)
-        step = _StepRunner(pl_module, loop, recorder, request, place)
+        _StepRunner(pl_module, loop, recorder, request, place).install()
         seed_all(request.seed)
-        with step.installed():
-            return compat.run_loop(loop, data)
+        return compat.run_loop(loop, data)
 
 
 @contextmanager
@@ -145,23 +144,14 @@ class _StepRunner:
         self._step = pl_module.validation_step
         self._skip = compat.bare_module_attributes(loop.trainer)
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Be the module's ``validation_step`` for the body's duration."""
+    def install(self) -> None:
+        """Be the module's ``validation_step`` until :func:`borrowed` gives the module its attributes back."""
 
         @functools.wraps(self._step)
         def validation_step(*args: Any, **kwargs: Any) -> Any:
             return self._run(args, kwargs)
 
-        attributes: dict[str, Any] = self._pl_module.__dict__
-        before = attributes.get("validation_step")
-        attributes["validation_step"] = validation_step
-        try:
-            yield
-        finally:
-            del attributes["validation_step"]
-            if before is not None:
-                attributes["validation_step"] = before
+        self._pl_module.validation_step = validation_step
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the step plainly or through ``around_step``."""

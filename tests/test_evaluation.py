@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchmetrics
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_quantdebug.evaluation import BatchScore, Evaluator
 from tests.torture import NAMESPACES, calling, lightning, loader, simple_class, torture_class, trainer
@@ -229,6 +232,35 @@ def test_dropout_left_on_draws_by_model_seed(tmp_path: Any) -> None:
     assert len({batch.value for batch in first.batches}) == len(first.batches)
 
 
+def test_random_numbers_of_the_step_and_of_the_data_are_apart(tmp_path: Any) -> None:
+    class Module(simple_class()):  # type: ignore[misc] # the base is made at run time
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("noise", torch.rand(()) + float(np.random.rand()) + random.random())
+            self.log("data", batch[0].mean())
+
+        def on_validation_epoch_end(self) -> None:
+            pass
+
+    class Augmented(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            return torch.rand(8), self.tensors[1][index]
+
+    results: dict[Any, Any] = {}
+
+    def hook(running: Any, pl_module: Any) -> None:
+        for seeds in ((0, 0), (0, 1), (1, 0)):
+            for name in ("noise", "data"):
+                evaluator = Evaluator(running, pl_module, name, seed=seeds[0])
+                results[name, seeds] = evaluator.run(model_seed=seeds[1]).batches
+
+    validation = DataLoader(Augmented(*loader(30, 1).dataset.tensors), batch_size=8)
+    trainer(tmp_path, callbacks=[calling(on_train_epoch_end=hook)]).fit(Module(), loader(), validation)
+    noise = [batch.value for batch in results["noise", (0, 0)]]
+    assert len(set(noise)) == len(noise)
+    assert results["noise", (0, 0)] == results["noise", (1, 0)] != results["noise", (0, 1)]
+    assert results["data", (0, 0)] == results["data", (0, 1)] != results["data", (1, 0)]
+
+
 def test_a_repeated_call_counts_once_and_the_last_one_counts(tmp_path: Any) -> None:
     results: list[Any] = []
 
@@ -241,13 +273,15 @@ def test_a_repeated_call_counts_once_and_the_last_one_counts(tmp_path: Any) -> N
             assert wrong != right
             return right
 
-        evaluator = Evaluator(running, pl_module, "best")
-        results.extend((evaluator.run(), evaluator.run(around)))
+        for monitor in ("best", "accuracy", "loss"):
+            evaluator = Evaluator(running, pl_module, monitor)
+            results.append((evaluator.run(), evaluator.run(around)))
 
     trainer(tmp_path, callbacks=[calling(on_train_epoch_end=hook)]).fit(torture_class()(), loader(), loader(30, 1))
-    plain, repeated = results
-    assert repeated.metrics == plain.metrics
-    assert repeated.samples == plain.samples == 30
+    for plain, repeated in results:
+        assert repeated.metrics == plain.metrics
+        assert repeated.batches == plain.batches
+        assert repeated.samples == plain.samples == 30
 
 
 def test_score_changes_with_the_model_and_the_model_comes_back(tmp_path: Any) -> None:
