@@ -7,8 +7,8 @@ are intercepted (:mod:`lightning_quantdebug.interception`); nothing of it is rew
 
 from __future__ import annotations
 
+import copy
 import functools
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -311,12 +311,11 @@ class _Forward:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """The plain ``forward`` of the copy."""
-        copied = memo.get(id(self._model), self._model)
-        return types.MethodType(type(copied).forward, copied)
+        return copy.deepcopy(self._original, memo)
 
     def __reduce__(self) -> Any:
-        """Pickle as the plain ``forward``."""
-        return getattr, (self._model, "forward")
+        """Pickle as the plain ``forward``, such that it can be read without this package."""
+        return copy.copy, (self._original,)
 
 
 @contextmanager

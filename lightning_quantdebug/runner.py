@@ -239,12 +239,23 @@ class Runner(Interception):
             return self._put_on_grid(planned, func(*args, **kwargs), nobody_looks_back and planned.makes_new)
         form = None if planned.unsafe else functional_call(func, args, kwargs)
         if form is None:
-            result = func(*args, **kwargs)
-            target.copy_(self._put_on_grid(planned, target.clone(), overwrite=True))
-            return result
+            return self._run_written(planned, func, target, args, kwargs)
         if nobody_looks_back:
             return self._put_on_grid(planned, func(*args, **kwargs), overwrite=True)
         return self._put_on_grid(planned, form[0](*form[1], **form[2]).to(target.dtype))
+
+    def _run_written(
+        self, planned: OpPlan, func: Callable[..., Any], target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run an operation that must write its quantized result into ``target``, where others look for it."""
+        form = functional_call(func, args, kwargs)
+        if form is None or not torch.is_grad_enabled():
+            result = func(*args, **kwargs)
+            target.copy_(self._put_on_grid(planned, target.clone(), overwrite=not torch.is_grad_enabled()))
+            return result
+        # Autograd has saved what goes in or what comes out: neither may be the tensor that is written into.
+        result = form[0](target.clone(), *form[1][1:], **form[2])
+        return target.copy_(self._put_on_grid(planned, result))
 
     def _put_on_grid(self, planned: OpPlan, result: Any, overwrite: bool = False) -> Any:
         """The result with its tensors quantized."""
