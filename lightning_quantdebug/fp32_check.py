@@ -7,6 +7,7 @@ ones; the walk stops at the first that fails.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -108,8 +109,18 @@ class Fp32Check:
 
     def _one_batch(self, around: Callable[[Callable[[], Any]], Any], model_seed: int = 0) -> None:
         """Run one validation batch."""
-        self.evaluator.run(lambda call, *_: around(call), limit=1, model_seed=model_seed)
+        with suppress(NonFiniteScoreError):  # The outputs are compared, which tells more.
+            self.evaluator.run(lambda call, *_: around(call), limit=1, model_seed=model_seed)
         self.advance()
+
+    def _score(self) -> float:
+        """The score with the quantizers as they are, NaN where it is no finite number."""
+        try:
+            score = self.evaluator.run(self.session.around_step).score
+        except NonFiniteScoreError:
+            score = math.nan
+        self.advance()
+        return score
 
     def _traced(self, trace: Callable[[str, Any], None]) -> Callable[[Callable[[], Any]], Any]:
         """Runs a step with the quantizers as they are and every operation traced."""
@@ -212,8 +223,7 @@ class Fp32Check:
 
     def _bypassed_score(self, reference: Reference) -> Finding | None:
         """With quantizers bypassed the score is FP32's, to the last bit on a deterministic device."""
-        score = self.evaluator.run(self.session.around_step).score
-        self.advance()
+        score = self._score()
         if abs(score - reference.evaluation.score) <= 10 * reference.floor:
             return None
         return _broken(
@@ -268,8 +278,7 @@ class Fp32Check:
     def _score_at_32_bits(self, reference: Reference) -> Finding | None:
         """With every quantizer at 32 bits the score is FP32's but for float noise."""
         with self.session.bit_width(32), self.session.modes(Mode.QUANTIZE):
-            score = self.evaluator.run(self.session.around_step).score
-        self.advance()
+            score = self._score()
         fp32 = reference.evaluation.score
         one_sample = 1.5 / max(reference.evaluation.samples or 1, 1)
         noise = max(SCORE_NOISE * abs(fp32), one_sample if 0 <= fp32 <= 1 else 0.0) + reference.floor
@@ -310,7 +319,7 @@ def first_non_finite(evaluator: Evaluator, around: AroundStep | None = None) -> 
         around: What the step is run with; default: as it is.
 
     Returns:
-        The finding; infinities count only where there is no NaN, because masks are made of them.
+        The finding; an infinity alone is blamed only where there is no NaN, because masks are made of infinities.
     """
     found: dict[str, str] = {}
 
@@ -326,12 +335,16 @@ def first_non_finite(evaluator: Evaluator, around: AroundStep | None = None) -> 
 
     with suppress(NonFiniteScoreError):
         evaluator.run(watched)
-    ranks = gather(found)
-    for word in ("NaN", "infinity"):
-        name = next((rank[word] for rank in ranks if word in rank), None)
-        if name is not None:
-            return Finding(Cause.NON_FINITE, f"the score is no finite number; {word} first comes out of {name}", name)
-    return Finding(
-        Cause.NON_FINITE,
-        "the score is no finite number although every module's output is: look at the validation step and the metric",
-    )
+    # Whichever came first stands first.
+    names = next((rank for rank in gather(found) if rank), {})
+    if not names:
+        return Finding(
+            Cause.NON_FINITE,
+            "the score is no finite number although every module's output is: look at the validation step and the "
+            "metric",
+        )
+    word = "NaN" if "NaN" in names else "infinity"
+    before = next(iter(names))
+    after = f", after {before} out of {names[before]}" if before != word and names[before] != names[word] else ""
+    evidence = f"the score is no finite number; {word} first comes out of {names[word]}{after}"
+    return Finding(Cause.NON_FINITE, evidence, names[word])

@@ -1,0 +1,422 @@
+"""Planted faults: each is caught, with its cause and the first operation named, and the walk stops there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_quantdebug.own_quantizers import find_own_quantizers, own_quantizers
+from lightning_quantdebug.report import Cause, Report, StepName, Verdict
+from tests import zoo
+from tests.walks import Judged, broken, walk, walked
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def images(count: int = 2, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 3, 8, 8, generator=generator) for _ in range(count)]
+
+
+def convnet(*more: nn.Module) -> nn.Module:
+    """Convolution, batch normalization, ReLU; what is given; and a linear head."""
+    torch.manual_seed(0)
+    return zoo._trained_looking(nn.Sequential(*zoo.conv_bn(3, 4, 3), nn.ReLU(), *more, nn.Flatten(), nn.Linear(256, 3)))
+
+
+def custom(name: str, **settings: Any) -> Report:
+    target = {"quantizer": f"tests.faulty_quantizers.{name}"}
+    return walk(Judged(convnet(), images()), target=target, **settings)
+
+
+class Applied(nn.Module):
+    """Any function as a module."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+# Healthy networks.
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [(name, "32-true") for name in zoo.ZOO] + [(name, "bf16-mixed") for name in ("mobilenet", "bert", "lstm")],
+)
+def test_a_healthy_network_passes(name: str, precision: str) -> None:
+    network, _ = zoo.make(name)
+    module = Judged(network, [zoo.ZOO[name].batch() for _ in range(2)])
+    report = walk(module, trainer_settings={"precision": precision})
+    assert report.steps[0].verdict.value == "passed"
+    assert report.steps[0].loss == 0.0
+    assert not [finding for finding in report.findings if finding.cause is not Cause.TOO_FEW_SAMPLES]
+
+
+@pytest.mark.parametrize("target", ["w4a8", "w2a2_per_tensor", "tensorrt", "qnn", "xnnpack"])
+def test_no_target_makes_a_healthy_network_look_broken(target: str) -> None:
+    network, _ = zoo.make("mobilenet")
+    report = walk(Judged(network, [zoo.ZOO["mobilenet"].batch() for _ in range(2)]), target=target)
+    assert report.steps[0].verdict.value == "passed"
+
+
+def test_validation_beyond_the_range_of_calibration_is_no_fault_of_the_pipeline() -> None:
+    report = walk(Judged(convnet(), [10 * batch for batch in images()], images()), calibration="train")
+    assert report.steps[0].verdict.value == "passed"
+
+
+def test_batch_norm_without_running_statistics_is_not_called_broken() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten())
+    assert walk(Judged(net, images())).steps[0].verdict.value == "passed"
+
+
+def test_a_network_that_amplifies_float_noise_is_not_called_broken() -> None:
+    # Differences of nearly equal numbers: healthy, but a rounding in the seventh digit is a change in the first.
+    class Cancelling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.layer(x))
+            difference = (y + 1e6) - (y * 0.999999 + 1e6)
+            return F.layer_norm(difference, (8,)) * 1e-3 + y
+
+    torch.manual_seed(0)
+    assert walk(Judged(Cancelling(), [torch.randn(2, 8)])).steps[0].verdict.value == "passed"
+
+
+def test_state_in_the_module_is_given_back_before_each_pass_and_disturbs_nothing() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+            self.register_buffer("sum", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.sum += x.mean().abs()
+            return x * (1 + 0.5 * self.calls) + self.sum
+
+    assert walk(Judged(convnet(Counting()), images())).verdict is not Verdict.BROKEN_PIPELINE
+
+
+# The user's quantizer class.
+
+
+def test_a_correct_class_passes() -> None:
+    assert custom("Correct").verdict is Verdict.ACCEPTED
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("HalfAStepOff", "is off by up to"),
+        ("Flooring", "where rounding to nearest is off by 0.5 at most"),
+        ("LosingZero", "turns 0 into"),
+        ("NotClipping", "does not clip to its range"),
+        ("Flattening", "must return a tensor of torch.float32 (3, 4001), got torch.float32 (12003,)"),
+        ("Doubling", "got torch.float64 (3, 4001)"),
+    ],
+)
+def test_a_class_with_wrong_arithmetic(name: str, words: str) -> None:
+    finding = broken(custom(name))
+    assert finding.cause is Cause.BROKEN_PIPELINE
+    assert finding.quantizer == "net.0.weight"
+    assert finding.evidence.startswith("the quantizer net.0.weight ")
+    assert words in finding.evidence
+
+
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    [
+        # The input has a quantizer, so that the first convolution is the first to see a wrong tensor; it is folded, so
+        # its own output is not compared, and the batch normalization behind it is where outputs part.
+        ("OverflowingAt32", "net.1"),
+        ("HalfPrecision", "net.1"),
+        ("WeightsWrongAt32", "net.1"),
+    ],
+)
+def test_a_class_that_is_wrong_at_32_bits_only(name: str, operation: str) -> None:
+    finding = broken(custom(name))
+    assert finding.cause is Cause.BROKEN_PIPELINE
+    assert finding.quantizer == operation
+    assert f"with every quantizer at 32 bits the outputs first part at {operation}: relative error" in finding.evidence
+
+
+# The model itself.
+
+
+class DroppingFunction(nn.Module):
+    """Dropout that nothing switches off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(F.relu(x), 0.1, training=True)
+
+
+class TorchNoise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs() + 0.01 * torch.randn(x.shape)
+
+
+class NumpyNoise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + float(np.random.randn()))
+
+
+class Restless(nn.Module):
+    """State outside the module: nothing gives it back."""
+
+    calls: list[int] = []  # noqa: RUF012 - shared by every instance on purpose
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(1)
+        return x * len(Restless.calls)
+
+
+@pytest.mark.parametrize(
+    ("fault", "operation"),
+    [
+        (DroppingFunction, "net.3.dropout"),
+        (TorchNoise, "net.3.randn"),
+        (NumpyNoise, "net.3.add"),
+        (Restless, "net.3.mul"),
+    ],
+)
+def test_a_nondeterministic_model(fault: Any, operation: str) -> None:
+    finding = broken(walk(Judged(convnet(fault()), images())))
+    assert finding.cause is Cause.NONDETERMINISTIC_MODEL
+    assert finding.quantizer == operation
+    assert f"two runs of the same data first part at {operation} (relative error " in finding.evidence
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_randomness_in_a_later_batch_only(batch: int) -> None:
+    data = images(4)
+    data[batch] = data[batch] + 100
+
+    class Sometimes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (1 + 0.1 * torch.rand(())) if x.mean() > 5 else x * 2
+
+    finding = broken(walk(Judged(convnet(Sometimes()), data)))
+    assert finding.cause is Cause.NONDETERMINISTIC_MODEL
+    assert finding.quantizer is not None
+    assert finding.quantizer.startswith("net.3.")
+    assert f"first part at {finding.quantizer} on batch {batch} (relative error" in finding.evidence
+
+
+def test_randomness_in_the_validation_step_alone() -> None:
+    class Careless(Judged):
+        def score_of(self, output: Any) -> Tensor:
+            return super().score_of(output) * (1 + torch.rand(()))
+
+    finding = broken(walk(Careless(convnet(), images())))
+    assert (finding.cause, finding.quantizer) == (Cause.NONDETERMINISTIC_MODEL, None)
+    assert "in score although every operation agrees: look for randomness in the validation step" in finding.evidence
+
+
+class InTrainMode(Judged):
+    """Puts a part of the network into train mode where validation starts."""
+
+    culprit: Any = nn.Dropout
+
+    def on_validation_start(self) -> None:
+        for part in self.net.modules():
+            if isinstance(part, self.culprit):
+                part.train()
+
+
+def test_dropout_in_train_mode() -> None:
+    finding = broken(walk(InTrainMode(convnet(nn.Dropout(0.1)), images())))
+    assert finding.cause is Cause.NONDETERMINISTIC_MODEL
+    assert finding.quantizer == "net.3"
+
+
+def test_batch_norm_in_train_mode() -> None:
+    class Module(InTrainMode):
+        culprit = nn.BatchNorm2d
+
+    finding = broken(walk(Module(convnet(), images())))
+    assert finding.cause is Cause.BROKEN_PIPELINE
+    assert finding.quantizer == "net.1"
+    assert "the batch normalization net.1 uses the statistics of the batch during validation" in finding.evidence
+
+
+@pytest.mark.parametrize("builtin", [False, True])
+def test_functional_batch_norm_in_train_mode(builtin: bool) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mu", torch.zeros(4))
+            self.register_buffer("var", torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if builtin:
+                return torch.batch_norm(x, None, None, self.mu, self.var, True, 0.1, 1e-5, False)
+            return F.batch_norm(x, self.mu, self.var, training=True)
+
+    assert broken(walk(Judged(convnet(Own()), images()))).quantizer == "net.3.batch_norm"
+
+
+@pytest.mark.parametrize(
+    ("function", "culprit", "words"),
+    [
+        (lambda x: (x - 100).sqrt(), "net.3", "NaN first comes out of net.3"),
+        (lambda x: (x * 1e38).exp(), "net.5", "NaN first comes out of net.5, after infinity out of net.3"),
+        (lambda x: (x[:, :, :1, :1] * 1e38).exp().amin((2, 3)), "net.3", "infinity first comes out of net.3"),
+    ],
+)
+def test_a_score_that_is_no_number(function: Any, culprit: str, words: str) -> None:
+    net = convnet(Applied(function))
+    if culprit == "net.3":
+        net = net[:4]
+    finding = broken(walk(Judged(net, images())))
+    assert (finding.cause, finding.quantizer) == (Cause.NON_FINITE, culprit)
+    assert finding.evidence == f"the score is no finite number; {words}"
+
+
+def test_a_score_that_is_no_number_though_the_network_is_healthy() -> None:
+    class Module(Judged):
+        def score_of(self, output: Any) -> Tensor:
+            return super().score_of(output) / 0
+
+    finding = broken(walk(Module(convnet(), images())))
+    assert (finding.cause, finding.quantizer) == (Cause.NON_FINITE, None)
+    assert "look at the validation step and the metric" in finding.evidence
+
+
+def test_nan_that_does_not_reach_the_score_is_a_finding_and_no_end() -> None:
+    def masked(x: Tensor) -> Tensor:
+        return ((x - 1).sqrt() * 2).nan_to_num()
+
+    report = walk(Judged(convnet(Applied(masked)), images()))
+    assert report.verdict is not Verdict.BROKEN_PIPELINE
+    assert {finding.quantizer for finding in report.findings if finding.cause is Cause.NON_FINITE} >= {"net.3.sqrt"}
+
+
+def test_a_quantized_score_that_is_no_number_fails_its_step_and_names_where() -> None:
+    class Shares(nn.Module):
+        """Of a sample with small values the grid keeps nothing, and nothing over nothing is NaN."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            powers = (4 * x).exp()
+            return powers / powers.sum(-1, keepdim=True)
+
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), Shares())
+    net[0].weight.data = torch.eye(4)
+    report = walk(Judged(net, [torch.tensor([[1.0] * 4, [-1.0] * 4]), torch.ones(2, 4)]))
+    assert report.verdict is Verdict.NOT_ACCEPTED
+    step = report.step(StepName.ACTIVATIONS)
+    assert step is not None
+    assert (step.verdict.value, step.score, step.loss) == ("failed", None, None)
+    assert step.advice.startswith("Quantized, the score is no finite number; NaN first comes out of net.1")
+    weights = report.step(StepName.WEIGHTS)
+    assert weights is not None
+    assert weights.score is not None
+    assert "interaction" not in weights.details
+    assert [finding.cause for finding in report.findings].count(Cause.NON_FINITE) == 1
+
+
+# The user's own quantizers.
+
+
+class OwnQuantizer(nn.Module):
+    """The small protocol: ``enabled`` and ``bit_width``."""
+
+    def __init__(self, bypassed: float = 1.0, at_32_bits: float = 1.0) -> None:
+        super().__init__()
+        self.enabled, self.bit_width = True, 4
+        self.bypassed, self.at_32_bits = bypassed, at_32_bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x * self.bypassed
+        step = 8.0 / 2.0**self.bit_width
+        return (x / step).round() * step * (self.at_32_bits if self.bit_width == 32 else 1.0)
+
+
+class TorchLike(nn.Module):
+    """The interface of torch's FakeQuantize: switches that are buffers."""
+
+    def __init__(self, bypassed: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("fake_quant_enabled", torch.ones(1, dtype=torch.uint8))
+        self.register_buffer("observer_enabled", torch.ones(1, dtype=torch.uint8))
+        self.register_buffer("scale", torch.tensor([0.5]))
+        self.bypassed = bypassed
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer_enabled[0] == 1:
+            self.scale.copy_(x.abs().max() / 3)
+        if self.fake_quant_enabled[0] == 1:
+            return (x / self.scale).round() * self.scale
+        return x * self.bypassed
+
+
+@pytest.mark.parametrize("make", [OwnQuantizer, TorchLike])
+def test_own_quantizers_are_bypassed_and_said(make: Any) -> None:
+    report = walk(Judged(convnet(make()), images()))
+    plain = walk(Judged(convnet(), images()))
+    assert report.verdict is Verdict.ACCEPTED
+    assert report.baseline == plain.baseline
+    assert report.findings[0].cause is Cause.NOT_QUANTIZED
+    assert report.findings[0].evidence == "the model's own quantizers are bypassed during the walk: ['net.3']"
+
+
+@pytest.mark.parametrize(
+    ("faulty", "words"),
+    [
+        (OwnQuantizer(bypassed=1.001), "changes its tensor by 0.001 (relative) though it is bypassed"),
+        (TorchLike(bypassed=1.0 + 1e-6), "(relative) though it is bypassed"),
+        (OwnQuantizer(at_32_bits=1.01), "changes its tensor by 0.01 (relative) though it is at 32 bits"),
+    ],
+)
+def test_own_quantizers_that_are_wrong(faulty: nn.Module, words: str) -> None:
+    finding = broken(walk(Judged(convnet(OwnQuantizer(), faulty, OwnQuantizer()), images())))
+    assert (finding.cause, finding.quantizer) == (Cause.BROKEN_PIPELINE, "net.4")
+    assert finding.evidence.startswith("the model's own quantizer net.4 ")
+    assert words in finding.evidence
+
+
+def test_own_quantizers_are_given_back_after_an_error() -> None:
+    net = convnet(OwnQuantizer(), TorchLike())
+    found = find_own_quantizers(net)
+    assert [quantizer.path for quantizer in found] == ["3", "4"]
+    inside: list[Any] = []
+
+    def interrupted() -> None:
+        with own_quantizers(found, enabled=False, bit_width=32):
+            inside.append((net[3].enabled, net[3].bit_width, net[4].fake_quant_enabled.item()))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert inside == [(False, 32, 0)]
+    assert (net[3].enabled, net[3].bit_width, net[4].fake_quant_enabled.item()) == (True, 4, 1)
+
+
+def test_the_first_score_is_the_one_that_counts_and_both_are_told() -> None:
+    diagnosis = walked(Judged(convnet(), images()))
+    step = diagnosis.report.steps[0]
+    assert step.score == diagnosis.report.baseline.score  # type: ignore[union-attr] # a walk measures one
+    assert step.details["repeated_score"] == step.score
+
+
+@pytest.mark.parametrize(("name", "score"), [("NanInLaterBatches", "nan"), ("WrongInLaterBatches", "")])
+def test_what_goes_wrong_at_32_bits_on_a_later_batch_only_shows_in_the_score(name: str, score: str) -> None:
+    data = images(2)
+    data[1] = data[1] + 50
+    report = walk(Judged(convnet(), data), target={"quantizer": f"tests.faulty_quantizers.{name}"})
+    finding = broken(report)
+    assert (finding.cause, finding.quantizer) == (Cause.BROKEN_PIPELINE, None)
+    assert f"with every quantizer at 32 bits the score is {score}" in finding.evidence
+    assert f", in FP32 {report.steps[0].score:.6g}" in finding.evidence
