@@ -1,0 +1,166 @@
+"""Every path through the chart, decided from records alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_quantdebug.flowchart import Decision, final_verdict, judge, next_step
+from lightning_quantdebug.report import Remedy, Report, Step, StepName, StepVerdict, Verdict
+
+NOW = frozenset({StepName.FP32_CHECK, StepName.ACTIVATIONS, StepName.WEIGHTS, StepName.QUANTIZE_MODEL})
+ALL = frozenset(StepName)
+PASSED, FAILED, NOISE, BROKEN = StepVerdict.PASSED, StepVerdict.FAILED, StepVerdict.NOISE, StepVerdict.BROKEN
+SKIPPED, NOT_RUN = StepVerdict.SKIPPED, StepVerdict.NOT_RUN
+
+
+def outcome(step: StepName, verdict: StepVerdict, both: StepVerdict = PASSED) -> Step:
+    details = {"both": {"verdict": both.value}} if step is StepName.WEIGHTS else {}
+    return Step(step, verdict, details=details)
+
+
+def path(available: frozenset[StepName], both: StepVerdict = PASSED, **verdicts: StepVerdict) -> list[tuple[str, str]]:
+    """Each box with what became of it, when those that run end with the given verdicts (default: passed)."""
+    report, walked = Report(), []
+    while (decision := next_step(report, available)) is not None:
+        name = decision.step.value
+        verdict = verdicts.get(name, PASSED) if decision.runs else decision.verdict
+        walked.append((name, verdict.value if decision.runs else f"{verdict.value}: {decision.advice}"))
+        done = outcome(decision.step, verdict, both) if decision.runs else Step(decision.step, verdict)
+        report = report.with_step(done)
+    return walked
+
+
+WEIGHTS_FINE = "skipped: The quantized weights alone stay within the tolerance."
+ACTIVATIONS_FINE = "skipped: The quantized activations alone stay within the tolerance."
+BOTH_FINE = "skipped: Weights and activations together stay within the tolerance: no quantizer is to blame."
+NOTHING_TO_TRAIN = "skipped: The quantized model is accepted: there is nothing to train."
+LATER = "not_run: This version does not run this step."
+
+
+def test_all_well() -> None:
+    assert path(NOW) == path(ALL) == [
+        ("fp32_check", "passed"),
+        ("activations", "passed"),
+        ("weights", "passed"),
+        ("fix_weights", WEIGHTS_FINE),
+        ("fix_activations", ACTIVATIONS_FINE),
+        ("per_quantizer", BOTH_FINE),
+        ("visualize", BOTH_FINE),
+        ("fix_quantizers", BOTH_FINE),
+        ("quantize_model", "passed"),
+        ("qat", NOTHING_TO_TRAIN),
+    ]  # fmt: skip
+
+
+def test_all_ill_in_this_version() -> None:
+    ill = path(NOW, FAILED, activations=FAILED, weights=FAILED, quantize_model=FAILED)
+    assert ill == [
+        ("fp32_check", "passed"),
+        ("activations", "failed"),
+        ("weights", "failed"),
+        ("fix_weights", LATER),
+        ("fix_activations", LATER),
+        ("per_quantizer", LATER),
+        ("visualize", LATER),
+        ("fix_quantizers", LATER),
+        ("quantize_model", "failed"),
+        ("qat", LATER),
+    ]
+
+
+def test_all_ill_runs_every_box_in_order_where_all_exist() -> None:
+    ill = path(ALL, FAILED, **{step.value: FAILED for step in StepName if step is not StepName.FP32_CHECK})
+    assert [name for name, _ in ill] == [step.value for step in StepName]
+    assert [verdict for _, verdict in ill] == ["passed", *["failed"] * 9]
+
+
+def test_a_broken_pipeline_ends_the_walk() -> None:
+    assert path(ALL, fp32_check=BROKEN) == [("fp32_check", "broken")]
+
+
+@pytest.mark.parametrize("good", [PASSED, NOISE])
+def test_only_the_remedies_of_what_is_ill_run(good: StepVerdict) -> None:
+    weights_ill = dict(path(ALL, FAILED, activations=good, weights=FAILED))
+    assert (weights_ill["fix_weights"], weights_ill["fix_activations"]) == ("passed", ACTIVATIONS_FINE)
+    activations_ill = dict(path(ALL, FAILED, activations=FAILED, weights=good))
+    assert (activations_ill["fix_weights"], activations_ill["fix_activations"]) == (WEIGHTS_FINE, "passed")
+
+
+@pytest.mark.parametrize("both", [FAILED, NOISE, PASSED])
+def test_the_quantizers_are_searched_where_the_two_together_fail(both: StepVerdict) -> None:
+    found = dict(path(ALL, both))
+    expected = "passed" if both is FAILED else BOTH_FINE
+    assert [found[name] for name in ("per_quantizer", "visualize", "fix_quantizers")] == [expected] * 3
+
+
+@pytest.mark.parametrize(
+    ("verdict", "qat"), [(PASSED, NOTHING_TO_TRAIN), (NOISE, NOTHING_TO_TRAIN), (FAILED, "passed")]
+)
+def test_training_is_for_what_failed(verdict: StepVerdict, qat: str) -> None:
+    assert dict(path(ALL, quantize_model=verdict))["qat"] == qat
+
+
+def test_a_step_that_did_not_run_is_no_success() -> None:
+    found = dict(path(ALL - {StepName.ACTIVATIONS, StepName.WEIGHTS, StepName.QUANTIZE_MODEL}))
+    assert found["activations"] == found["weights"] == found["quantize_model"] == LATER
+    assert [found[name] for name in ("fix_weights", "fix_activations", "per_quantizer", "qat")] == ["passed"] * 4
+
+
+def test_a_decision_speaks_for_itself() -> None:
+    assert next_step(Report(), NOW) == Decision(StepName.FP32_CHECK)
+    assert Decision(StepName.QAT).runs
+    assert next_step(Report(), frozenset()) == Decision(
+        StepName.FP32_CHECK, runs=False, verdict=NOT_RUN, advice=NOT_RUN.advice
+    )
+
+
+def test_the_next_step_is_taken_from_the_report_alone() -> None:
+    report = Report().with_step(outcome(StepName.FP32_CHECK, PASSED)).with_step(outcome(StepName.WEIGHTS, FAILED))
+    assert next_step(report, NOW) == next_step(report, NOW) == Decision(StepName.ACTIVATIONS)
+
+
+@pytest.mark.parametrize(
+    ("loss", "interval", "expected"),
+    [
+        (-0.5, None, PASSED),
+        (0.0, None, PASSED),
+        (0.01, None, PASSED),
+        (0.01, (-1.0, 1.0), PASSED),
+        (0.010001, None, FAILED),
+        (0.02, (0.001, 0.04), FAILED),
+        (0.02, (0.0, 0.04), NOISE),
+        (0.02, (-0.01, 0.04), NOISE),
+        (float("inf"), None, FAILED),
+        (float("nan"), None, FAILED),
+        (float("nan"), (float("nan"), float("nan")), FAILED),
+    ],
+)
+def test_judge(loss: float, interval: Any, expected: StepVerdict) -> None:
+    assert judge(loss, interval, permitted=0.01) is expected
+
+
+@pytest.mark.parametrize(
+    ("steps", "kept", "expected"),
+    [
+        ({}, None, Verdict.FAILED),
+        ({StepName.FP32_CHECK: BROKEN}, None, Verdict.BROKEN_PIPELINE),
+        ({StepName.FP32_CHECK: BROKEN, StepName.QUANTIZE_MODEL: PASSED}, None, Verdict.BROKEN_PIPELINE),
+        ({StepName.FP32_CHECK: PASSED}, None, Verdict.FAILED),
+        ({StepName.QUANTIZE_MODEL: PASSED}, None, Verdict.ACCEPTED),
+        ({StepName.QUANTIZE_MODEL: PASSED}, False, Verdict.ACCEPTED),
+        ({StepName.QUANTIZE_MODEL: PASSED}, True, Verdict.REPAIRED),
+        ({StepName.QUANTIZE_MODEL: PASSED, StepName.QAT: SKIPPED}, True, Verdict.REPAIRED),
+        ({StepName.QUANTIZE_MODEL: PASSED, StepName.QAT: PASSED}, True, Verdict.REPAIRED_BY_QAT),
+        ({StepName.QUANTIZE_MODEL: FAILED}, True, Verdict.NOT_ACCEPTED),
+        ({StepName.QUANTIZE_MODEL: NOISE}, None, Verdict.NOT_ACCEPTED),
+        ({StepName.QUANTIZE_MODEL: FAILED, StepName.QAT: NOT_RUN}, None, Verdict.NOT_ACCEPTED),
+        ({StepName.QUANTIZE_MODEL: NOT_RUN, StepName.QAT: NOT_RUN}, None, Verdict.NOT_ACCEPTED),
+    ],
+)
+def test_final_verdict(steps: dict[StepName, StepVerdict], kept: bool | None, expected: Verdict) -> None:
+    report = Report(remedies=() if kept is None else (Remedy("cle", 0.5, 0.8, kept, "", 0.0),))
+    for step, verdict in steps.items():
+        report = report.with_step(outcome(step, verdict))
+    assert final_verdict(report) is expected
