@@ -162,6 +162,7 @@ def test_fit_with_passes_is_the_fit_without(tmp_path: Path, reference: dict[str,
         {"precision": "bf16-mixed"},
         {"reload_dataloaders_every_n_epochs": 1},
         {"check_val_every_n_epoch": 2},
+        {"check_val_every_n_epoch": 2, "reload_dataloaders_every_n_epochs": 2},
     ],
     ids=str,
 )
