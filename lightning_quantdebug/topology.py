@@ -124,11 +124,12 @@ class Names:
     def name(self, operation: Operation, is_main: bool) -> str:
         """The name of an operation; ``is_main``: it is what its torch module is there for."""
         key = operation.key
-        identity = (key.path, key.func, key.site, key.occurrence)
+        # The code of the step itself has call -1: a function that both it and `forward` call has two names.
+        identity = (key.path, key.func, key.site, key.occurrence, key.call == -1)
         if identity not in self._bases:
             base = key.path if is_main and key.path else f"{key.path}.{operation.op}".lstrip(".")
             self._bases[identity] = self._unused(base, identity)
-        return self._bases[identity] + (f"@{key.call}" if key.call else "")
+        return self._bases[identity] + (f"@{key.call}" if key.call and key.call > 0 else "")
 
     def _unused(self, base: str, identity: tuple[Any, ...]) -> str:
         """``base``, or ``base.1`` and so on if another operation has it."""
