@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quantdebug.errors import CaptureError, SettingsError
-from lightning_quantdebug.interception import OpKey
+from lightning_quantdebug.interception import OpKey, clean_path
 from lightning_quantdebug.placement import place
 from lightning_quantdebug.plan import Plan
 from lightning_quantdebug.quantizer import Quantizer, load_custom_quantizer
@@ -240,7 +240,18 @@ class Instrumentation:
         left = [
             Unquantized(name, "calibration never reached it: it runs in FP32") for name in never if self._calibrated
         ]
-        return Coverage(tuple(self.quantizers), (*self._plan.unquantized, *left), unseen)
+        return Coverage(tuple(self.quantizers), (*self._plan.unquantized, *left, *self._unused()), unseen)
+
+    def _unused(self) -> list[Unquantized]:
+        """The weights that no recorded batch used."""
+        used = {value.name for operation in self.topology for _, value in operation.inputs}
+        found = ((clean_path(name), parameter) for name, parameter in self.root.named_parameters())
+        inside = f"{self.scope}." if self.scope else ""
+        return [
+            Unquantized(name, "no recorded batch used it: a branch that was not taken, or a layer that is not called")
+            for name, parameter in found
+            if parameter.ndim > 1 and name.startswith(inside) and name not in used
+        ]
 
     @property
     def _calibrated(self) -> bool:
@@ -264,7 +275,7 @@ class Instrumentation:
             SettingsError: If there is no batch.
         """
         count = 0
-        with eval_mode(self.root), torch.no_grad(), self.observing():
+        with eval_mode(self.root), _undisturbed(self.root), torch.no_grad(), self.observing():
             for batch in batches:
                 call_with(self.root, batch)
                 count += 1
@@ -291,6 +302,30 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Give back buffers and random numbers as they were: runs of ours count for nothing."""
+    kept = [
+        (module._buffers, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    random_state = torch.get_rng_state()
+    on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    devices = torch.cuda.get_rng_state_all() if on_gpu else []
+    try:
+        yield
+    finally:
+        torch.set_rng_state(random_state)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+        for owner, name, buffer, values in kept:
+            owner[name] = buffer
+            if not buffer.is_inference() and not torch.equal(buffer, values):
+                buffer.detach().copy_(values)
 
 
 class _Forward:
@@ -372,12 +407,8 @@ def instrument(
             f"{type(model).__name__} is instrumented already: leave the first `with instrument(...)` block."
         )
     session = Instrumentation(model, QuantTarget.from_value(target), module=module, exclude=exclude)
-    random_state = torch.get_rng_state()
-    try:
-        with eval_mode(model), torch.inference_mode(False):
-            session.record(functools.partial(call_with, model.forward, example_batch), example_batch)
-    finally:
-        torch.set_rng_state(random_state)
+    with eval_mode(model), _undisturbed(model), torch.inference_mode(False):
+        session.record(functools.partial(call_with, model.forward, example_batch), example_batch)
     session.place()
     with _forward_replaced(model, session):
         yield session

@@ -159,6 +159,7 @@ class Quantizer:
             self._whole_range = range_from_tensor(x.detach(), unclipped, self.channel_axis)
         self.observer.observe(x)
 
+    @torch.inference_mode(False)
     def set_range(self) -> None:
         """Turn what was observed into an encoding; without observations there is none.
 
@@ -175,6 +176,7 @@ class Quantizer:
         assert self._range is not None
         self.encoding = encoding_from_range(*self._range, self._spec, self.channel_axis)
 
+    @torch.inference_mode(False)
     def set_bit_width(self, bit_width: int) -> None:
         """Change the bit-width and set the range anew from what was observed; 32 bits clip nothing."""
         self._spec = replace(self._spec, bit_width=bit_width)

@@ -314,7 +314,8 @@ class Runner(Interception):
             folded, folded_bias = self._folded(spot, weight, bias)
             return spot.quantizer(folded), folded_bias
         if spot.cached is None or not spot.cached[0].are_still(spot.quantizer.version, sources):
-            with torch.no_grad():
+            # Kept beyond the block: an inference tensor could not take part in training later.
+            with torch.inference_mode(False), torch.no_grad():
                 folded, folded_bias = self._folded(spot, weight, bias)
                 spot.cached = (_Sources(spot.quantizer.version, sources), spot.quantizer(folded), folded_bias)
         return spot.cached[1], spot.cached[2]

@@ -137,7 +137,11 @@ class WeightPlacer:
                 self.reasons[value.name] = "a bias: in FP32 here, int32 with the product of the scales in export"
             elif operation.category in (Category.BATCH_NORM, Category.NORM):
                 self.reasons[value.name] = "a vector of a normalization: stays in FP32 or is folded"
-            elif operation.category is not Category.PASS_THROUGH:
+            elif operation.category is Category.PASS_THROUGH:
+                self.reasons.setdefault(
+                    value.name, "a constant that is moved here: on a grid where it is computed with"
+                )
+            else:
                 self.reasons.setdefault(value.name, f"a constant operand ({operation.category.value}): stays in FP32")
 
     def _batch_norm_behind(self, operation: Operation) -> Operation | None:

@@ -1,4 +1,4 @@
-"""Traps 8 to 16 of intercepting operations; the first seven are in ``test_traps``."""
+"""Traps 8 to 16 of intercepting operations; the others are in ``test_traps`` and ``_of_values``."""
 
 from __future__ import annotations
 
