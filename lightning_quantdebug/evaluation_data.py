@@ -58,8 +58,7 @@ class EvaluationData:
         if compat.data_of(loop) is None and compat.will_sanity_check(trainer):
             # The sanity check asks for the loaders under an isolated random state, as this pass does: doing it now
             # in its place gives the same loaders and saves the user's `val_dataloader` a second call.
-            with replaced(trainer.state, "stage", compat.stage(loop, "sanity_check")):
-                loop.setup_data()
+            loop.setup_data()
         found = compat.data_of(loop)
         if found is not None:
             return found

@@ -275,14 +275,15 @@ def combine(like: Any, loaders: Iterable[Any], sequential: bool = False) -> Any:
 
 
 def stage(loop: Any, name: str) -> Any:
-    """Member of Lightning's ``RunningStage`` (``"train"``, ``"validate"``, ``"sanity_check"``)."""
+    """Member of Lightning's ``RunningStage`` (``"train"``, ``"validate"``)."""
     return type(loop._stage)(name)
 
 
 def will_sanity_check(trainer: TrainerLike) -> bool:
-    """Whether a fit that did not start its loop yet will validate a few batches first."""
+    """Whether a fit that did not start its loop yet will validate a few batches first, on loaders that it keeps."""
     fresh = trainer.state.fn == "fit" and trainer.ckpt_path is None
-    return bool(fresh and trainer.enable_validation and trainer.num_sanity_val_steps > 0)
+    keeps = trainer.reload_dataloaders_every_n_epochs == 0
+    return bool(fresh and keeps and trainer.enable_validation and trainer.num_sanity_val_steps > 0)
 
 
 def takes_iterator(step: Callable[..., Any]) -> bool:

@@ -170,8 +170,9 @@ def test_fit_with_passes_is_the_fit_without(tmp_path: Path, reference: dict[str,
 def test_also_under_other_settings(tmp_path: Path, hook: str, settings: dict[str, Any]) -> None:
     plain, disturbed = fit(tmp_path / "a", None, **settings), fit(tmp_path / "b", hook, **settings)
     calls = {run["calls"]["val"] for run in (plain, disturbed)}
-    # Without a sanity check the fit asks for the loaders at its own time.
-    assert len(calls) == (2 if hook == "on_fit_start" and "num_sanity_val_steps" in settings else 1)
+    # Without a sanity check, or if it reloads, the fit asks for the loaders at its own times.
+    asks_itself = settings.keys() & {"num_sanity_val_steps", "reload_dataloaders_every_n_epochs"}
+    assert len(calls) == (2 if hook == "on_fit_start" and asks_itself else 1)
     for name in plain.keys() - {"calls"}:
         assert disturbed[name] == plain[name], name
 
