@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from lightning_quantdebug.dataflow import IGNORED, Flow, starts_from_integers
+from lightning_quantdebug.errors import SettingsError
 from lightning_quantdebug.interception import OpKey
 from lightning_quantdebug.operations import Category
 from lightning_quantdebug.placement_rules import RULES, Action, Rules
@@ -31,6 +32,9 @@ def place(topology: Topology, target: QuantTarget, exclude: Iterable[str] = ()) 
 
     Returns:
         The plan; every name in it is unique.
+
+    Raises:
+        SettingsError: If a pattern fits nothing.
     """
     return _Placer(topology, target, tuple(exclude)).plan()
 
@@ -227,6 +231,8 @@ class _Placer:
     def _leave_out(self) -> None:
         """Remove the quantizers that the user excluded."""
         for pattern in self.exclude:
+            if not any(fnmatchcase(name, pattern) for name in (*self.sites, *self.reasons)):
+                raise SettingsError(f"`exclude` has the pattern {pattern!r}, which fits none of {sorted(self.sites)}.")
             for name in [name for name in self.sites if fnmatchcase(name, pattern)]:
                 del self.sites[name]
                 self.reasons[name] = f"excluded by the pattern {pattern!r}"

@@ -107,6 +107,7 @@ class OpPlan:
     output: Quantizer | None = None
     positions: tuple[int, ...] = ()
     folded_into: Quantizer | None = None
+    fold: BatchNormFold | None = None
     unsafe: bool = False
     makes_new: bool = False
 
@@ -156,9 +157,13 @@ class Runner(Interception):
                     entry.inputs.append((spot.slot, quantizer))
                 else:
                     entry.output, entry.positions = quantizer, spot.outputs
+        folds = {
+            site.name: plan.folds[spot.key] for site in plan.sites for spot in site.places if spot.key in plan.folds
+        }
         for key, name in plan.folded_into.items():
             if name in quantizers:
-                self._entry(key, names, False).folded_into = quantizers[name]
+                entry = self._entry(key, names, False)
+                entry.folded_into, entry.fold = quantizers[name], folds[name]
 
     def _entry(self, key: OpKey, names: Mapping[OpKey, str], unsafe: bool) -> OpPlan:
         """The plan of one operation, made on first use."""
@@ -214,7 +219,7 @@ class Runner(Interception):
 
     def _run(self, planned: OpPlan, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation with the quantizers that are on."""
-        if planned.folded_into is not None and _is_on(planned.folded_into):
+        if planned.folded_into is not None and _is_on(planned.folded_into) and not self._is_training(planned.fold):
             result = args[0] if args else kwargs["input"]
             if planned.output is None:
                 return result
@@ -311,14 +316,36 @@ class Runner(Interception):
         """The quantized weight and folded bias, computed once for as long as nothing that they depend on changes."""
         sources = self._sources(spot, weight, bias)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in sources):
-            folded, folded_bias = self._folded(spot, weight, bias)
-            return spot.quantizer(folded), folded_bias
-        if spot.cached is None or not spot.cached[0].are_still(spot.quantizer.version, sources):
+            return self._newly_quantized(spot, weight, bias)
+        if spot.cached is None or not spot.cached[0].are_still(
+            (spot.quantizer.version, self._is_training(spot.fold)), sources
+        ):
             # Kept beyond the block: an inference tensor could not take part in training later.
             with torch.inference_mode(False), torch.no_grad():
-                folded, folded_bias = self._folded(spot, weight, bias)
-                spot.cached = (_Sources(spot.quantizer.version, sources), spot.quantizer(folded), folded_bias)
+                spot.cached = (
+                    _Sources((spot.quantizer.version, self._is_training(spot.fold)), sources),
+                    *self._newly_quantized(spot, weight, bias),
+                )
         return spot.cached[1], spot.cached[2]
+
+    def _newly_quantized(self, spot: WeightPlace, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The quantized weight and folded bias.
+
+        While the normalization trains, it stays and computes the statistics of its batch; the weight is then folded
+        with the running statistics, quantized and unfolded again (Krishnamoorthi 2018, section 3.2.2).
+        """
+        folded, folded_bias = self._folded(spot, weight, bias)
+        quantized = spot.quantizer(folded)
+        if spot.fold is None or not self._is_training(spot.fold):
+            return quantized, folded_bias
+        _, variance, gamma, _ = self._norm_tensors(spot.fold)
+        assert variance is not None
+        factor = _norm_factor(variance, gamma, spot.fold, quantized.dtype)
+        return _scale_channels(quantized, 1 / torch.where(factor == 0, 1.0, factor), spot.fold), bias
+
+    def _is_training(self, fold: BatchNormFold | None) -> bool:
+        """Whether the normalization computes the statistics of its batch now."""
+        return fold is not None and self._owners[fold.running_mean.rpartition(".")[0]].training
 
     def forget_weights(self) -> None:
         """Drop every cached quantized weight."""
@@ -382,15 +409,24 @@ def fold_batch_norm(
         The folded weight and bias, in the dtype of ``weight``; computed in float32 at least.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    factor = torch.rsqrt(variance.to(wide) + fold.eps)
-    if gamma is not None:
-        factor = factor * gamma.to(wide)
+    factor = _norm_factor(variance, gamma, fold, wide)
     shift = -mean.to(wide) if bias is None else bias.to(wide) - mean.to(wide)
     new_bias = shift * factor + (beta.to(wide) if beta is not None else 0.0)
-    if fold.channel_axis == 0:
-        scaled = weight.to(wide) * factor.reshape(-1, *(1,) * (weight.ndim - 1))
-    else:
-        grouped = weight.to(wide).reshape(fold.groups, -1, *weight.shape[1:])
-        scaled = grouped * factor.reshape(fold.groups, 1, -1, *(1,) * (weight.ndim - 2))
-        scaled = scaled.reshape(weight.shape)
+    scaled = _scale_channels(weight.to(wide), factor, fold)
     return scaled.to(weight.dtype), new_bias.to(weight.dtype)
+
+
+def _norm_factor(variance: Tensor, gamma: Tensor | None, fold: BatchNormFold, dtype: torch.dtype) -> Tensor:
+    """What a normalization multiplies each channel by."""
+    wide = torch.promote_types(dtype, torch.float32)
+    factor = torch.rsqrt(variance.to(wide) + fold.eps)
+    return factor if gamma is None else factor * gamma.to(wide)
+
+
+def _scale_channels(weight: Tensor, factor: Tensor, fold: BatchNormFold) -> Tensor:
+    """A weight with each output channel multiplied by its factor."""
+    if fold.channel_axis == 0:
+        return (weight * factor.reshape(-1, *(1,) * (weight.ndim - 1))).to(weight.dtype)
+    grouped = weight.reshape(fold.groups, -1, *weight.shape[1:])
+    scaled = grouped * factor.reshape(fold.groups, 1, -1, *(1,) * (weight.ndim - 2))
+    return scaled.reshape(weight.shape).to(weight.dtype)

@@ -65,7 +65,7 @@ class WeightPlacer:
                 name = value.name or self._derived_name(operation, slot, derived)
                 self._add_weight(name, operation, slot, value)
                 norm = self._batch_norm_behind(operation)
-                users[name].append((operation, norm, None if norm is None else self._fold(operation, norm, value)))
+                users[name].append((operation, norm, None if norm is None else self._fold(operation, norm)))
             self._explain_vectors(operation)
         for name, uses in users.items():
             folds = {fold for _, _, fold in uses}
@@ -88,7 +88,7 @@ class WeightPlacer:
         why = (
             "its weight is used in several places"
             if different > 1
-            else "it has no fixed statistics or no fixed weights"
+            else "it has no fixed statistics, no fixed weights, or works on another axis"
         )
         for _, norm, _ in uses:
             if norm is not None:
@@ -151,7 +151,7 @@ class WeightPlacer:
         follower = self.flow.only_user(operation)
         return follower if follower is not None and follower.category is Category.BATCH_NORM else None
 
-    def _fold(self, operation: Operation, norm: Operation, weight: Value) -> BatchNormFold | None:
+    def _fold(self, operation: Operation, norm: Operation) -> BatchNormFold | None:
         """How ``norm`` folds into ``operation``, ``None`` where that would not be exact."""
         kind = "builtin" if not hasattr(norm.key.func, "__code__") else "function"
         roles = {name: (index,) for index, name in enumerate(_BATCH_NORM_SLOTS[kind])}
@@ -163,8 +163,7 @@ class WeightPlacer:
             return None
         if any(value is not None and role != "input" and not value.name for role, value in tensors.items()):
             return None
-        axis = _channel_axis(operation, (1,), weight)
-        if axis is None or (operation.op == "linear" and len(operation.outputs[0].shape) != 2):
+        if operation.op == "linear" and len(operation.outputs[0].shape) != 2:
             return None
         names = {role: value.name if value is not None else None for role, value in tensors.items()}
         mean, variance = names["running_mean"], names["running_var"]

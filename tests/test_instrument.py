@@ -233,6 +233,14 @@ def test_an_unknown_module_is_refused() -> None:
         instrument(model, batch, module="feature").__enter__()
 
 
+def test_an_exclude_pattern_that_fits_nothing_is_refused() -> None:
+    model, batch = zoo.make("reused")
+    with pytest.raises(SettingsError, match=r"`exclude` has the pattern 'layer.wieght', which fits none of \['act'"):
+        instrument(model, batch, exclude=["layer.wieght"]).__enter__()
+    with instrument(model, batch, exclude=["layer.bias", "layer.weight"]) as q:
+        assert "layer.weight" not in q.quantizers
+
+
 def test_no_batches_are_refused() -> None:
     model, batch = zoo.make("reused")
     with instrument(model, batch) as q, pytest.raises(SettingsError, match="`batches` must give at least one batch"):

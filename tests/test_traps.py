@@ -239,6 +239,7 @@ def checkpointed_gradients(how: bool | None, shared: bool) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # calibration needs no gradients
 @pytest.mark.parametrize("how", [False, True], ids=["plain", "reentrant"])
 @pytest.mark.parametrize("shared", [False, True], ids=["own_weights", "shared_weights"])
 def test_trap_03_checkpointing_has_the_gradients_of_the_same_network_without(how: bool, shared: bool) -> None:
@@ -249,6 +250,7 @@ def test_trap_03_checkpointing_has_the_gradients_of_the_same_network_without(how
         assert torch.allclose(got, wanted, atol=1e-6) if how and shared else torch.equal(got, wanted)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # likewise
 def test_trap_03_torchs_own_functions_are_back_afterwards() -> None:
     module = torch.utils.checkpoint
     before = (module._checkpoint_without_reentrant_generator, "apply" in module.CheckpointFunction.__dict__)
@@ -335,9 +337,10 @@ def test_trap_04_rounds_of_a_functional_loop_share_one_quantizer() -> None:
         "head",
     ]
     assert all(quantizer.is_calibrated for quantizer in session.quantizers.values())
-    plain = model(many)
     session.set_mode("quantize")
-    got = session.run(lambda: model(many))
+    with torch.no_grad():
+        plain = model(many)
+        got = session.run(lambda: model(many))
     assert 0 < float((got - plain).norm() / plain.norm()) < 0.03
     assert session.coverage.unseen == ()
 
@@ -360,6 +363,7 @@ def test_trap_04_a_branch_that_was_not_recorded_shifts_no_key() -> None:
 # 5. Scripted and compiled sub-modules.
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # it still is in use
 def test_trap_05_a_scripted_module_is_reported_and_its_border_quantized() -> None:
     torch.manual_seed(0)
     scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
@@ -375,6 +379,7 @@ def test_trap_05_a_scripted_module_is_reported_and_its_border_quantized() -> Non
         assert torch.allclose(model(batch), grid(q, "2", expected), atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")  # our global hooks are meant to see every module
 @pytest.mark.parametrize("whole", [False, True], ids=["part", "all"])
 def test_trap_05_a_compiled_module_is_seen_under_its_plain_name(whole: bool) -> None:
     torch.manual_seed(0)
