@@ -42,7 +42,7 @@ from lightning_quantdebug.target import Kind, Mode
 
 # Evaluations of one walk, for the progress bar: FP32 twice, recording, observing, six runs of one batch, two full runs
 # of the sanity check, activations, weights, both, and the whole model.
-EVALUATIONS = 15
+EVALUATIONS = 16
 
 
 class Diagnosis:
