@@ -187,7 +187,8 @@ class Fp32Check:
             check = IdentityCheck(wide)
             with own_quantizers(wide, enabled, bit_width), check.watching():
                 self._one_batch(lambda call: call())
-            parting = check.first_beyond(bound)
+            # All ranks must agree before the next pass, in which they wait for each other.
+            parting = next((found for found in gather(check.first_beyond(bound)) if found is not None), None)
             if parting is not None:
                 state = "at 32 bits" if enabled else "bypassed"
                 return _broken(
@@ -245,7 +246,8 @@ class Fp32Check:
         with self.session.bit_width(32), self.session.modes(Mode.QUANTIZE):
             self._one_batch(self._traced(trace.compare))
         bound = self._float_noise = self._noise_of(trace)
-        if trace.first_beyond(bound) is None:
+        # All ranks must agree on whether there is another pass, in which they wait for each other.
+        if not any(gather(trace.first_beyond(bound) is not None)):
             return None
         parting = trace.first_beyond(bound, self._amplified_noise(trace))
         if parting is None:

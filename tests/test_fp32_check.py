@@ -10,23 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_quantdebug import fp32_check
+from lightning_quantdebug.calibration import capture, set_ranges
+from lightning_quantdebug.evaluation import Evaluator
+from lightning_quantdebug.instrument import Instrumentation
 from lightning_quantdebug.own_quantizers import find_own_quantizers, own_quantizers
 from lightning_quantdebug.report import Cause, Report, StepName, Verdict
+from lightning_quantdebug.target import QuantTarget
+from lightning_quantdebug.traces import Parting
 from tests import zoo
-from tests.walks import Judged, broken, walk, walked
+from tests.test_own_quantizers import OwnQuantizer
+from tests.walks import Judged, broken, convnet, images, in_validation, walk, walked
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def images(count: int = 2, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(2, 3, 8, 8, generator=generator) for _ in range(count)]
-
-
-def convnet(*more: nn.Module) -> nn.Module:
-    """Convolution, batch normalization, ReLU; what is given; and a linear head."""
-    torch.manual_seed(0)
-    return zoo._trained_looking(nn.Sequential(*zoo.conv_bn(3, 4, 3), nn.ReLU(), *more, nn.Flatten(), nn.Linear(256, 3)))
 
 
 def custom(name: str, **settings: Any) -> Report:
@@ -326,84 +322,6 @@ def test_a_quantized_score_that_is_no_number_fails_its_step_and_names_where() ->
     assert [finding.cause for finding in report.findings].count(Cause.NON_FINITE) == 1
 
 
-# The user's own quantizers.
-
-
-class OwnQuantizer(nn.Module):
-    """The small protocol: ``enabled`` and ``bit_width``."""
-
-    def __init__(self, bypassed: float = 1.0, at_32_bits: float = 1.0) -> None:
-        super().__init__()
-        self.enabled, self.bit_width = True, 4
-        self.bypassed, self.at_32_bits = bypassed, at_32_bits
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled:
-            return x * self.bypassed
-        step = 8.0 / 2.0**self.bit_width
-        return (x / step).round() * step * (self.at_32_bits if self.bit_width == 32 else 1.0)
-
-
-class TorchLike(nn.Module):
-    """The interface of torch's FakeQuantize: switches that are buffers."""
-
-    def __init__(self, bypassed: float = 1.0) -> None:
-        super().__init__()
-        self.register_buffer("fake_quant_enabled", torch.ones(1, dtype=torch.uint8))
-        self.register_buffer("observer_enabled", torch.ones(1, dtype=torch.uint8))
-        self.register_buffer("scale", torch.tensor([0.5]))
-        self.bypassed = bypassed
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.observer_enabled[0] == 1:
-            self.scale.copy_(x.abs().max() / 3)
-        if self.fake_quant_enabled[0] == 1:
-            return (x / self.scale).round() * self.scale
-        return x * self.bypassed
-
-
-@pytest.mark.parametrize("make", [OwnQuantizer, TorchLike])
-def test_own_quantizers_are_bypassed_and_said(make: Any) -> None:
-    report = walk(Judged(convnet(make()), images()))
-    plain = walk(Judged(convnet(), images()))
-    assert report.verdict is Verdict.ACCEPTED
-    assert report.baseline == plain.baseline
-    assert report.findings[0].cause is Cause.NOT_QUANTIZED
-    assert report.findings[0].evidence == "the model's own quantizers are bypassed during the walk: ['net.3']"
-
-
-@pytest.mark.parametrize(
-    ("faulty", "words"),
-    [
-        (OwnQuantizer(bypassed=1.001), "changes its tensor by 0.001 (relative) though it is bypassed"),
-        (TorchLike(bypassed=1.0 + 1e-6), "(relative) though it is bypassed"),
-        (OwnQuantizer(at_32_bits=1.01), "changes its tensor by 0.01 (relative) though it is at 32 bits"),
-    ],
-)
-def test_own_quantizers_that_are_wrong(faulty: nn.Module, words: str) -> None:
-    finding = broken(walk(Judged(convnet(OwnQuantizer(), faulty, OwnQuantizer()), images())))
-    assert (finding.cause, finding.quantizer) == (Cause.BROKEN_PIPELINE, "net.4")
-    assert finding.evidence.startswith("the model's own quantizer net.4 ")
-    assert words in finding.evidence
-
-
-def test_own_quantizers_are_given_back_after_an_error() -> None:
-    net = convnet(OwnQuantizer(), TorchLike())
-    found = find_own_quantizers(net)
-    assert [quantizer.path for quantizer in found] == ["3", "4"]
-    inside: list[Any] = []
-
-    def interrupted() -> None:
-        with own_quantizers(found, enabled=False, bit_width=32):
-            inside.append((net[3].enabled, net[3].bit_width, net[4].fake_quant_enabled.item()))
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert inside == [(False, 32, 0)]
-    assert (net[3].enabled, net[3].bit_width, net[4].fake_quant_enabled.item()) == (True, 4, 1)
-
-
 def test_the_first_score_is_the_one_that_counts_and_both_are_told() -> None:
     diagnosis = walked(Judged(convnet(), images()))
     step = diagnosis.report.steps[0]
@@ -420,3 +338,36 @@ def test_what_goes_wrong_at_32_bits_on_a_later_batch_only_shows_in_the_score(nam
     assert (finding.cause, finding.quantizer) == (Cause.BROKEN_PIPELINE, None)
     assert f"with every quantizer at 32 bits the score is {score}" in finding.evidence
     assert f", in FP32 {report.steps[0].score:.6g}" in finding.evidence
+
+
+# Several ranks: each pass waits for all of them, so that all must make the same passes.
+
+
+def on_one_of_two_ranks(monkeypatch: pytest.MonkeyPatch, net: nn.Module, other: Any, check: str) -> tuple[Any, int]:
+    """What a check finds when the other rank says ``other`` wherever ranks are asked; and the number of passes."""
+    module = Judged(net, images())
+
+    def action(running: Any) -> tuple[Any, int]:
+        evaluator, session = Evaluator(running, module, "loss"), Instrumentation(module, QuantTarget())
+        capture(session, evaluator, None)
+        set_ranges(session, evaluator, None, 2)
+        own, passes = find_own_quantizers(module), []
+        monkeypatch.setattr(fp32_check, "gather", lambda value: [value, other])
+        checks = fp32_check.Fp32Check(session, evaluator, own, lambda: passes.append(1))
+        with own_quantizers(own, enabled=False):
+            return getattr(checks, check)(), len(passes)
+
+    result: tuple[Any, int] = in_validation(module, action)
+    return result
+
+
+def test_a_rank_without_a_fault_follows_one_with_a_fault_into_the_next_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert on_one_of_two_ranks(monkeypatch, convnet(), False, "_at_32_bits") == (None, 2)
+    assert on_one_of_two_ranks(monkeypatch, convnet(), True, "_at_32_bits") == (None, 3)
+
+
+def test_a_fault_of_an_own_quantizer_on_one_rank_ends_the_check_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = convnet(OwnQuantizer())
+    assert on_one_of_two_ranks(monkeypatch, net, None, "_own_quantizers") == (None, 2)
+    finding, passes = on_one_of_two_ranks(monkeypatch, net, Parting("net.9", 0.5), "_own_quantizers")
+    assert (finding.quantizer, passes) == ("net.9", 1)

@@ -18,6 +18,7 @@ from lightning_quantdebug.evaluation import Evaluator
 from lightning_quantdebug.instrument import call_with
 from lightning_quantdebug.report import Finding, Report, StepName, StepVerdict, Verdict
 from lightning_quantdebug.settings import make_settings
+from tests import zoo
 from tests.torture import calling, trainer
 
 
@@ -109,3 +110,14 @@ def state_of(module: nn.Module) -> str:
 def assert_follows_schema(report: Report) -> None:
     schema = json.loads(files("lightning_quantdebug").joinpath("report_schema.json").read_text(encoding="utf-8"))
     jsonschema.validate(json.loads(json.dumps(report.to_dict(), allow_nan=False)), schema)
+
+
+def images(count: int = 2, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 3, 8, 8, generator=generator) for _ in range(count)]
+
+
+def convnet(*more: nn.Module) -> nn.Module:
+    """Convolution, batch normalization, ReLU; what is given; and a linear head."""
+    torch.manual_seed(0)
+    return zoo._trained_looking(nn.Sequential(*zoo.conv_bn(3, 4, 3), nn.ReLU(), *more, nn.Flatten(), nn.Linear(256, 3)))
