@@ -68,7 +68,8 @@ class QuantDebug(CallbackBase):
         watch_every_n_epochs: While training, log every so many epochs what the score would be if the model were
             quantized now.
         max_time: Time budget of the walk, as in Trainer.
-        dirpath: Where to write; default: ``quantdebug`` under the logger's directory.
+        dirpath: Where to write; default: ``quantdebug`` under the logger's directory. Several callbacks that would
+            share a directory write to sub-folders named after their targets.
         export: Files to export, which this version does not write yet.
         on_error: ``"warn"``: a failure of the tool never fails your run; ``"raise"``: it does. A failure that the
             processes of a distributed run may not share is always raised, as the others would wait for ever.
@@ -144,7 +145,6 @@ class QuantDebug(CallbackBase):
         self.report: Report | None = None
         self._loader = calibration if self.settings.calibration is None else None
         self._watched: Instrumentation | None = None
-        self._walking = False
 
     @property
     def state_key(self) -> str:
@@ -178,7 +178,7 @@ class QuantDebug(CallbackBase):
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
         """Warn early if validation does not log the monitored metric."""
         logged = trainer.callback_metrics
-        if self._is_part_of(trainer) and logged and self.monitor not in logged:
+        if logged and self.monitor not in logged:
             compat.rank_zero_warn(
                 trainer,
                 f"QuantDebug(monitor={self.monitor!r}): the sanity check of validation did not log this metric. It "
@@ -211,10 +211,6 @@ class QuantDebug(CallbackBase):
         """Let go of the module."""
         self._watched = None
 
-    def _is_part_of(self, trainer: Any) -> bool:
-        """Whether the Trainer runs for the user, and not for a tuner's trial that takes the callbacks out."""
-        return self in trainer.callbacks
-
     def _has_work(self, stage: str) -> bool:
         """Whether this callback does anything in ``fit`` or ``validate``."""
         idle = self.settings.when is When.NEVER and self.settings.watch_every_n_epochs is None
@@ -232,15 +228,9 @@ class QuantDebug(CallbackBase):
     # The walk.
 
     def _walk(self, trainer: Any, pl_module: Any) -> None:
-        """Walk, write what came out, and say it."""
-        if self._walking or not self._is_part_of(trainer):
-            return
-        self._walking = True
-        try:
-            with self._harmless(trainer):
-                self._diagnose(trainer, pl_module)
-        finally:
-            self._walking = False
+        """Walk, write what came out, and say it; a failure of the tool is no failure of the run."""
+        with self._harmless(trainer):
+            self._diagnose(trainer, pl_module)
 
     def _diagnose(self, trainer: Any, pl_module: Any) -> None:
         """One walk with progress, whatever it ends with."""

@@ -45,7 +45,8 @@ class EvaluationData:
         batches = tuple(limited(count, limit) for count in data.max_batches)
         if sum(batches) == 0:
             name = "validation" if loader is None else "training" if isinstance(loader, str) else "given"
-            raise EvaluationError(f"The {name} DataLoader has no batches, so there is nothing to run.")
+            hint = "" if loader is None else f" {_CALIBRATE_OTHERWISE}"
+            raise EvaluationError(f"The {name} DataLoader has no batches, so there is nothing to run.{hint}")
         return LoopData(combined, batches)
 
     def _loop(self) -> Any:
