@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchmetrics
+from pytorch_lightning import callbacks
 from torch import Tensor, nn
 
 from lightning_quantdebug import QuantDebug, diagnose
@@ -90,10 +91,10 @@ def test_diagnose_leaves_the_trainer_without_the_callback(tmp_path: Path, namesp
     module = WithData() if kind == "module" else simple_class(namespace)()
     data = {"datamodule": Data(), "loaders": loader(31, 1), "module": None}[kind]
     settings: dict[str, Any] = {"calibration": "val"} if kind == "loaders" else {}
-    callbacks = list(running.callbacks)
+    before = list(running.callbacks)
     report = diagnose(running, module, data, monitor="accuracy", mode="max", verbose=False, **settings)
     assert walked(report).baseline.samples == 31  # type: ignore[union-attr] # a walk that ended has one
-    assert running.callbacks == callbacks
+    assert running.callbacks == before
 
 
 def test_diagnose_takes_the_callback_out_after_an_error(tmp_path: Path) -> None:
@@ -176,15 +177,13 @@ def test_precisions(tmp_path: Path, precision: str) -> None:
 
 
 def test_beside_weight_averaging_the_average_is_diagnosed(tmp_path: Path) -> None:
-    from pytorch_lightning.callbacks import EMAWeightAveraging
-
     settings: dict[str, Any] = {"monitor": "loss", "mode": "min"}
     states = []
     for with_callback in (False, True):
         torch.manual_seed(0)
         module = simple_class()()
         callback = debugger(watch_every_n_epochs=1, **settings)
-        averaging = EMAWeightAveraging(decay=0.9)
+        averaging = callbacks.EMAWeightAveraging(decay=0.9)
         running = trainer(tmp_path, callbacks=[callback, averaging] if with_callback else [averaging], max_epochs=2)
         running.fit(module, loader(), loader(31, 1))
         states.append(weights(module))
@@ -316,6 +315,89 @@ def test_max_time_that_suffices_changes_nothing(tmp_path: Path) -> None:
     callback = debugger(max_time="00:01:00:00")
     fit(tmp_path, simple_class()(), callback)
     assert walked(callback.report).settings["max_time"] == 3600.0
+
+
+MACHINERY: dict[str, Any] = {
+    "weight averaging": lambda: ([callbacks.StochasticWeightAveraging(1e-2)], {}),
+    "accumulation": lambda: ([callbacks.GradientAccumulationScheduler({0: 2})], {}),
+    "pruning": lambda: ([callbacks.ModelPruning("l1_unstructured", amount=0.2)], {}),
+    "reloading": lambda: ([], {"reload_dataloaders_every_n_epochs": 1, "val_check_interval": 0.5}),
+    "seldom": lambda: ([], {"check_val_every_n_epoch": 2}),
+    "accumulated": lambda: ([], {"accumulate_grad_batches": 4, "gradient_clip_val": 0.5, "profiler": "simple"}),
+}
+
+
+@pytest.mark.parametrize("name", MACHINERY)
+def test_beside_other_machinery_the_weights_are_those_without(tmp_path: Path, name: str) -> None:
+    states = []
+    for with_callback in (False, True):
+        others, settings = MACHINERY[name]()
+        lightning().seed_everything(2, verbose=False)
+        callback = debugger(watch_every_n_epochs=1)
+        running = trainer(
+            tmp_path, callbacks=[callback, *others] if with_callback else others, max_epochs=2, **settings
+        )
+        module = simple_class()()
+        running.fit(module, loader(shuffle=True), loader(31, 1))
+        states.append((weights(module), random_states(), repr(running.fit_loop.state_dict())))
+    assert states[0] == states[1]
+    walked(callback.report)
+
+
+def test_persistent_workers(tmp_path: Path) -> None:
+    callback = debugger(calibration_batches=2)
+    settings: dict[str, Any] = {"num_workers": 1, "persistent_workers": True}
+    running = trainer(tmp_path, callbacks=callback)
+    running.fit(simple_class()(), loader(**settings), loader(31, 1, **settings))
+    report = walked(callback.report)
+    assert report.baseline is not None
+    assert report.baseline.score == running.callback_metrics["accuracy"].item()
+
+
+def test_compiled_parts_are_quantized_and_stay_compiled(tmp_path: Path) -> None:
+    module = simple_class()()
+    plain = module.net
+    module.net = torch.compile(plain, backend="eager")
+    callback = debugger(target="w2a8_per_tensor", monitor="loss", mode="min")
+    fit(tmp_path, module, callback)
+    report = walked(callback.report)
+    assert {"net.0.weight", "net.3.weight"} <= set(report.coverage.quantized)
+    step = report.step(StepName.WEIGHTS)
+    assert step is not None
+    assert abs(step.loss or 0.0) > 0.005
+    assert module.net is not plain
+
+
+def test_the_users_own_quantizers_are_bypassed_in_watch_and_walk_and_stay_on(tmp_path: Path) -> None:
+    class Own(nn.Module):
+        enabled, bit_width = True, 2
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.enabled:
+                return x
+            step = 4.0 / (2**self.bit_width - 1)
+            return x + ((x / step).round() * step - x).detach()
+
+    class Quantized(simple_class()):  # type: ignore[misc] # the base is made at run time
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.append(Own())
+
+    class Note(lightning().loggers.CSVLogger):  # type: ignore[misc] # as above
+        watched: list[float] = []  # noqa: RUF012 - read once, below
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            self.watched.extend(value for name, value in metrics.items() if "watch" in name)
+
+    torch.manual_seed(0)
+    module = Quantized()
+    callback = debugger(monitor="loss", mode="min", target="w16a16", watch_every_n_epochs=1)
+    running = fit(tmp_path, module, callback, logger=Note(tmp_path))
+    report = walked(callback.report)
+    assert report.baseline is not None
+    assert Note.watched == pytest.approx([report.baseline.score], rel=1e-3)
+    assert abs(running.callback_metrics["loss"].item() - report.baseline.score) > 0.01
+    assert module.net[4].enabled
 
 
 def test_tuners_trials_are_not_walked(tmp_path: Path) -> None:
