@@ -10,6 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytorch_lightning as pl
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
