@@ -236,10 +236,8 @@ class Instrumentation:
     def coverage(self) -> Coverage:
         """What is quantized, what is not and why, and which operations ran without having been recorded."""
         unseen = tuple(sorted(self._runner.unseen)) if self._runner is not None else ()
-        never = [q.name for q in self.quantizers.values() if not q.is_calibrated]
-        left = [
-            Unquantized(name, "calibration never reached it: it runs in FP32") for name in never if self._calibrated
-        ]
+        never = [q for q in self.quantizers.values() if not q.is_calibrated] if self._calibrated else []
+        left = [Unquantized(q.name, f"calibration {_why_no_range(q)}: it runs in FP32") for q in never]
         return Coverage(tuple(self.quantizers), (*self._plan.unquantized, *left, *self._unused()), unseen)
 
     def _unused(self) -> list[Unquantized]:
@@ -281,6 +279,11 @@ class Instrumentation:
                 count += 1
             if not count:
                 raise SettingsError("`batches` must give at least one batch to calibrate on, got none.")
+
+
+def _why_no_range(quantizer: Quantizer) -> str:
+    """What calibration did not give an uncalibrated quantizer."""
+    return "saw nothing but NaN and infinity there" if quantizer.observer.non_finite else "never reached it"
 
 
 def call_with(model: Callable[..., Any], batch: Any) -> Any:

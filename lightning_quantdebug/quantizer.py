@@ -161,11 +161,7 @@ class Quantizer:
 
     @torch.inference_mode(False)
     def set_range(self) -> None:
-        """Turn what was observed into an encoding; without observations there is none.
-
-        Raises:
-            SettingsError: If only NaN or infinity was observed.
-        """
+        """Turn what was observed into an encoding; where no finite number was observed there is none."""
         if self.fixed_range is not None:
             low, high = (torch.tensor(end) for end in self.fixed_range)
             self._range = (low, high)

@@ -340,3 +340,24 @@ def test_quantizing_observes_nothing() -> None:
         q.set_mode("observe")
         model(batch * 100)
         assert q.quantizers["input"].observer.count == 2 * batch.numel()
+
+
+def test_coverage_tells_why_a_quantizer_has_no_range() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.rare = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor, again: bool) -> Tensor:
+            x = self.layer(x)
+            return torch.log(-x.abs()) + (self.rare(x) if again else 0.0)
+
+    model = Net()
+    batch = torch.randn(3, 2)
+    with torch.no_grad(), instrument(model, (batch, True)) as q:
+        assert not any("calibration" in item.reason for item in q.coverage.unquantized)
+        q.calibrate([(batch, False)])
+        reasons = {item.name: item.reason for item in q.coverage.unquantized}
+        assert reasons["rare"] == "calibration never reached it: it runs in FP32"
+        assert reasons["rare.weight"] == "calibration never reached it: it runs in FP32"
+        assert reasons["log"] == "calibration saw nothing but NaN and infinity there: it runs in FP32"
