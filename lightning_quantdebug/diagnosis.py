@@ -22,6 +22,7 @@ from lightning_quantdebug.fp32_check import Fp32Check, Reference, first_non_fini
 from lightning_quantdebug.instrument import Instrumentation
 from lightning_quantdebug.observer import Histogram
 from lightning_quantdebug.own_quantizers import find_own_quantizers, own_quantizers
+from lightning_quantdebug.paired_loss import interaction, loss_interval
 from lightning_quantdebug.plausibility import chance_warning, direction_warning, not_run
 from lightning_quantdebug.quantizer import Quantizer
 from lightning_quantdebug.rank_agreement import gather
@@ -36,8 +37,8 @@ from lightning_quantdebug.report import (
     StepName,
     StepVerdict,
 )
-from lightning_quantdebug.settings import Direction, Settings
-from lightning_quantdebug.statistics import paired_interval, samples_to_resolve
+from lightning_quantdebug.settings import Settings
+from lightning_quantdebug.statistics import samples_to_resolve
 from lightning_quantdebug.target import Kind, Mode
 
 # Evaluations of one walk, for the progress bar: FP32 twice, recording, observing, six runs of one batch, two full runs
@@ -81,6 +82,7 @@ class Diagnosis:
         self.report = Report(settings=settings.to_dict(), environment=environment(self.root, evaluator.seed))
         self.session: Instrumentation | None = None
         self._reference: Evaluation | None = None
+        self._measured: dict[Kind | None, Evaluation] = {}
         self._own = find_own_quantizers(self.root)
         self._steps: dict[StepName, Callable[[], Step]] = {
             StepName.FP32_CHECK: self._fp32_check,
@@ -155,7 +157,8 @@ class Diagnosis:
             "not_run": not_run(self.settings),
         }
         if finding is None:
-            return Step(StepName.FP32_CHECK, StepVerdict.PASSED, reference.score, 0.0, None, details=details)
+            advice = "Bypassed or at 32 bits the model scores as in FP32: the pipeline can be trusted."
+            return Step(StepName.FP32_CHECK, StepVerdict.PASSED, reference.score, 0.0, None, advice, details=details)
         self.report = self.report.with_findings(finding)
         return Step(
             StepName.FP32_CHECK, StepVerdict.BROKEN, reference.score, None, None, finding.evidence, details=details
@@ -200,7 +203,6 @@ class Diagnosis:
         """Only the weights quantized; then both, so that the interaction shows."""
         step = self._quantized_step(StepName.WEIGHTS, Kind.WEIGHT)
         both = self._quantized_step(StepName.QUANTIZE_MODEL, None)
-        activations = self.report.step(StepName.ACTIVATIONS)
         details: dict[str, Any] = {
             "both": {
                 "score": both.score,
@@ -209,14 +211,18 @@ class Diagnosis:
                 "verdict": both.verdict.value,
             }
         }
-        if activations is not None and None not in (activations.loss, step.loss, both.loss):
-            details["interaction"] = both.loss - activations.loss - step.loss  # type: ignore[operator] # none is None
+        _, reference = self._needs_session()
+        measured = [self._measured.get(kind) for kind in (None, Kind.ACTIVATION, Kind.WEIGHT)]
+        value, interval = interaction(reference, measured, self.settings.direction)
+        if value is not None:
+            details |= {"interaction": value, "interaction_interval": interval}
         return replace(step, details=details)
 
     def _quantized_step(self, name: StepName, kind: Kind | None) -> Step:
         """The quantizers of one kind on, the others bypassed."""
         session, reference = self._needs_session()
         if not session.select(kind=kind):
+            self._measured[kind] = reference
             advice = f"The target quantizes no {kind.value if kind else 'tensor'}: nothing to measure."
             return Step(name, StepVerdict.PASSED, reference.score, 0.0, (0.0, 0.0), advice)
         with session.modes(Mode.QUANTIZE, kind=kind):
@@ -224,6 +230,7 @@ class Diagnosis:
                 evaluation = self._measure(session)
             except NonFiniteScoreError:
                 return self._without_score(name, self.evaluator)
+        self._measured[kind] = evaluation
         return self._judged(name, reference, evaluation)
 
     def _quantize_model(self) -> Step:
@@ -233,11 +240,14 @@ class Diagnosis:
         if isinstance(limit, int) or limit < 1.0:
             reference = self.acceptance.run()
             self.report = replace(self.report, baseline=Baseline(reference.score, reference.samples))
-        with session.modes(Mode.QUANTIZE):
-            try:
-                evaluation = self.acceptance.run(session.around_step)
-            except NonFiniteScoreError:
-                return self._without_score(StepName.QUANTIZE_MODEL, self.acceptance)
+            self._measured.clear()
+        evaluation = self._measured.get(None)
+        if evaluation is None or any(remedy.kept for remedy in self.report.remedies):
+            with session.modes(Mode.QUANTIZE):
+                try:
+                    evaluation = self.acceptance.run(session.around_step)
+                except NonFiniteScoreError:
+                    return self._without_score(StepName.QUANTIZE_MODEL, self.acceptance)
         self.advance()
         step = self._judged(StepName.QUANTIZE_MODEL, reference, evaluation)
         self._note_samples(step, evaluation)
@@ -309,7 +319,8 @@ class Diagnosis:
             return
         permitted = self.settings.tolerance.permitted_loss(reference.score)
         half_width = (step.interval[1] - step.interval[0]) / 2
-        if permitted > 0 and half_width > permitted:
+        is_open = step.interval[0] <= permitted < step.interval[1]
+        if permitted > 0 and half_width > permitted and is_open:
             needed = samples_to_resolve(evaluation.samples, step.interval, permitted)
             evidence = (
                 f"the loss is known to ±{half_width:.3g} with {evaluation.samples} samples, the tolerance is "
@@ -345,27 +356,6 @@ class Diagnosis:
         if self.session is None:
             return {}
         return {q.name: q.observer.histogram for q in self.session.select(kind=kind) if q.observer.count}
-
-
-def loss_interval(reference: Evaluation, evaluation: Evaluation, direction: Direction) -> tuple[float, float] | None:
-    """Confidence interval of the loss from the batches' paired differences.
-
-    Returns:
-        The interval, centred so that it belongs to the loss of the whole score; ``None`` where the metric has no value
-        per batch or the batches do not correspond.
-    """
-    if reference.batches is None or evaluation.batches is None or len(reference.batches) != len(evaluation.batches):
-        return None
-    pairs = list(zip(reference.batches, evaluation.batches, strict=True))
-    differences = [direction.loss(before.value, after.value) for before, after in pairs]
-    weights = [after.weight for _, after in pairs]
-    interval = paired_interval(differences, weights)
-    if interval is None:
-        return None
-    # A score that is no plain mean over samples (macro averages, say) differs from the mean over batches.
-    mean = sum(d * w for d, w in zip(differences, weights, strict=True)) / sum(weights)
-    shift = direction.loss(reference.score, evaluation.score) - mean
-    return interval[0] + shift, interval[1] + shift
 
 
 def setting_of(quantizer: Quantizer) -> QuantizerSetting:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from lightning_quantdebug.report import (
     Cause,
@@ -151,15 +152,24 @@ def interaction(report: Report) -> str | None:
         return None
     return (
         f"Weights alone lose {number(weights.loss)}, activations alone {number(activations.loss)}, both together "
-        f"{number(both_loss)}: {_against_the_sum(both_loss - weights.loss - activations.loss)}."
+        f"{number(both_loss)}: {_against_the_sum(both_loss - weights.loss - activations.loss)}"
+        f"{_of_interaction(weights.details.get('interaction_interval'))}."
     )
 
 
 def _against_the_sum(extra: float) -> str:
     """How much more than the sum of its parts a loss is; rounding of the subtraction is no difference."""
-    if abs(extra) < 1e-9:
+    if abs(extra) < 1e-6:
         return "the sum of both"
     return f"{number(abs(extra))} {'more' if extra > 0 else 'less'} than the sum"
+
+
+def _of_interaction(found: Any) -> str:
+    """The interval of the interaction, and whether it is noise."""
+    if found is None:
+        return ""
+    noise = " (noise)" if found[0] <= 0 <= found[1] else ""
+    return f", 95 % interval {interval((found[0], found[1]))}{noise}"
 
 
 def next_steps(report: Report) -> list[str]:

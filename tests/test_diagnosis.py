@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quantdebug.diagnosis import EVALUATIONS, Diagnosis, environment, loss_interval, setting_of
+from lightning_quantdebug.diagnosis import EVALUATIONS, Diagnosis, environment, setting_of
 from lightning_quantdebug.encoding import encoding_from_range
-from lightning_quantdebug.evaluation import BatchScore, Evaluation, Evaluator
+from lightning_quantdebug.evaluation import Evaluator
 from lightning_quantdebug.instrument import instrument
 from lightning_quantdebug.quantizer import Quantizer
 from lightning_quantdebug.report import Cause, Report, Step, StepName, StepVerdict, Verdict
-from lightning_quantdebug.settings import Direction, make_settings
+from lightning_quantdebug.settings import make_settings
 from lightning_quantdebug.target import Granularity, Kind, Mode, QuantSpec
 from tests import zoo
 from tests.walks import Classifier, Judged, in_validation, state_of, walk, walked
@@ -245,39 +245,6 @@ def test_non_finite_values_in_calibration_are_told() -> None:
 # Records.
 
 
-def test_the_interval_is_that_of_a_plain_bootstrap_centred_on_the_loss_of_the_whole() -> None:
-    random = np.random.default_rng(0)
-    before, after = random.uniform(0.7, 0.9, 40), random.uniform(0.6, 0.8, 40)
-    weights = random.integers(1, 9, 40)
-    differences = before - after
-    drawn = random.integers(40, size=(20000, 40))
-    means = (differences * weights)[drawn].sum(1) / weights[drawn].sum(1)
-    mean = float((differences * weights).sum() / weights.sum())
-
-    def evaluation(values: Any, score: float) -> Evaluation:
-        pairs = (BatchScore(float(value), float(weight)) for value, weight in zip(values, weights, strict=True))
-        return Evaluation(score, {}, tuple(pairs), 200, 0.0)
-
-    for loss in (mean, 0.3):
-        interval = loss_interval(evaluation(before, 0.9), evaluation(after, 0.9 - loss), Direction.MAX)
-        assert interval is not None
-        expected = np.quantile(means, [0.025, 0.975]) + loss - mean
-        assert interval == pytest.approx(tuple(expected), abs=0.08 * float(expected[1] - expected[0]))
-        mirrored = loss_interval(evaluation(-before, -0.9), evaluation(-after, loss - 0.9), Direction.MIN)
-        assert mirrored == pytest.approx(interval)
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [(None, (BatchScore(1.0, 1.0),) * 2), ((BatchScore(1.0, 1.0),) * 2, None), ((BatchScore(1.0, 1.0),) * 3,) * 2],
-)
-def test_no_interval_without_corresponding_batches(before: Any, after: Any) -> None:
-    if before is not None and after is not None:
-        after = after[:2]
-    first, second = (Evaluation(0.5, {}, batches, 2, 0.0) for batches in (before, after))
-    assert loss_interval(first, second, Direction.MIN) is None
-
-
 def test_setting_of_a_quantizer_per_channel() -> None:
     spec = QuantSpec(4, symmetric=True, granularity=Granularity.PER_CHANNEL)
     quantizer = Quantizer("conv.weight", Kind.WEIGHT, spec, 0)
@@ -342,6 +309,34 @@ def test_every_step_is_announced_and_every_evaluation_counted(trained: nn.Module
     in_validation(module, action)
     assert steps == ["fp32_check", "activations", "weights", "quantize_model"]
     assert len(count) == EVALUATIONS
+
+
+def test_the_acceptance_measures_anew_only_what_was_measured_on_fewer_batches(trained: nn.Module) -> None:
+    module = classifier(trained, 64)
+    accepted: list[int] = []
+
+    def action(running: Any) -> None:
+        for limit in (1.0, 1):
+            settings = make_settings(monitor="loss", calibration="val", limit_batches=limit)
+            acceptance = Evaluator(running, module, "loss")
+            runs: list[Any] = []
+            run = acceptance.run
+            acceptance.run = lambda *args, runs=runs, run=run, **kwargs: (runs.append(1), run(*args, **kwargs))[1]
+            report = Diagnosis(Evaluator(running, module, "loss", limit_batches=limit), acceptance, settings).walk()
+            assert step_of(report, StepName.QUANTIZE_MODEL).score is not None
+            accepted.append(len(runs))
+
+    in_validation(module, action)
+    assert accepted == [0, 2]
+
+
+def test_no_samples_are_asked_for_where_the_loss_is_certain(trained: nn.Module) -> None:
+    report = walk(classifier(trained, 64), monitor="acc", mode="max", target="w2a2", tolerance=0.001)
+    whole = step_of(report, StepName.QUANTIZE_MODEL)
+    assert whole.interval is not None
+    assert whole.interval[0] > 0.001
+    assert whole.interval[1] - whole.interval[0] > 0.002
+    assert not [finding for finding in report.findings if finding.cause is Cause.TOO_FEW_SAMPLES]
 
 
 def test_what_is_known_stays_in_the_report_when_a_walk_ends_in_an_error(trained: nn.Module) -> None:

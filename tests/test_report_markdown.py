@@ -135,6 +135,19 @@ def test_the_interaction_of_weights_and_activations(both: object, text: str) -> 
     assert text in (interaction(full_report().with_step(weights)) or "")
 
 
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        ([-0.1, 0.3], "than the sum, 95 % interval [-0.1, 0.3] (noise)."),
+        ([0.1, 0.3], "than the sum, 95 % interval [0.1, 0.3]."),
+    ],
+)
+def test_an_interaction_inside_its_interval_is_called_noise(found: list[float], text: str) -> None:
+    details = {"both": {"loss": 0.6}, "interaction_interval": found}
+    weights = Step(StepName.WEIGHTS, StepVerdict.FAILED, 0.5, 0.43, details=details)
+    assert (interaction(full_report().with_step(weights)) or "").endswith(text)
+
+
 def test_without_both_losses_there_is_no_interaction() -> None:
     report = full_report()
     assert interaction(replace(report, steps=report.steps[:1])) is None
