@@ -152,9 +152,7 @@ def kept_view(m: Any, x: Tensor) -> Tensor:
     return view * 2
 
 
-@pytest.mark.parametrize(
-    ("body", "unsafe"), [(chained, 0), (discarded, 1), (through_a_view, 1), (kept_view, 1)], ids=lambda v: str(v)
-)
+@pytest.mark.parametrize(("body", "unsafe"), [(chained, 0), (discarded, 1), (through_a_view, 1), (kept_view, 1)])
 def test_in_place_operations_whose_effect_is_used_are_found(body: Any, unsafe: int) -> None:
     model, x = function(body), torch.ones(2)
     run = record(model, x.clone())
