@@ -44,6 +44,8 @@ from lightning_quantdebug.target import Kind, Mode
 # Evaluations of one walk, for the progress bar: FP32 twice, recording, observing, six runs of one batch, two full runs
 # of the sanity check, activations, weights, both, and the whole model.
 EVALUATIONS = 16
+# Causes that make every other finding meaningless stand first in the report, the others in the order of discovery.
+_FIRST = (Cause.BROKEN_PIPELINE, Cause.NONDETERMINISTIC_MODEL, Cause.NON_FINITE)
 
 
 class Diagnosis:
@@ -341,7 +343,8 @@ class Diagnosis:
             final = Final(settings=settings)
             if whole is not None:
                 final = replace(final, score=whole.score, loss=whole.loss, interval=whole.interval)
-        self.report = replace(self.report, verdict=verdict, final=final)
+        findings = sorted(self.report.findings, key=lambda finding: finding.cause not in _FIRST)
+        self.report = replace(self.report, verdict=verdict, final=final, findings=tuple(findings))
 
     def _note_unseen(self, session: Instrumentation) -> None:
         """Coverage at the end, with what ran without having been recorded."""

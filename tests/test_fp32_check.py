@@ -16,6 +16,7 @@ from lightning_quantdebug.evaluation import Evaluator
 from lightning_quantdebug.instrument import Instrumentation
 from lightning_quantdebug.own_quantizers import find_own_quantizers, own_quantizers
 from lightning_quantdebug.report import Cause, Report, StepName, Verdict
+from lightning_quantdebug.runner import Runner
 from lightning_quantdebug.target import QuantTarget
 from lightning_quantdebug.traces import Parting
 from tests import zoo
@@ -25,9 +26,9 @@ from tests.walks import Judged, broken, convnet, images, in_validation, walk, wa
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def custom(name: str, **settings: Any) -> Report:
+def custom(name: str, net: nn.Module | None = None) -> Report:
     target = {"quantizer": f"tests.faulty_quantizers.{name}"}
-    return walk(Judged(convnet(), images()), target=target, **settings)
+    return walk(Judged(net or convnet(), images()), target=target)
 
 
 class Applied(nn.Module):
@@ -75,19 +76,28 @@ def test_batch_norm_without_running_statistics_is_not_called_broken() -> None:
 
 
 def test_a_network_that_amplifies_float_noise_is_not_called_broken() -> None:
-    # Differences of nearly equal numbers: healthy, but a rounding in the seventh digit is a change in the first.
-    class Cancelling(nn.Module):
+    # The difference of two branches that are equal to five digits: a rounding in the seventh is a change in the second.
+    class Near(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.Linear(8, 8)
+            self.a, self.b = nn.Sequential(*zoo.conv_bn(3, 4, 3)), nn.Sequential(*zoo.conv_bn(3, 4, 3))
 
         def forward(self, x: Tensor) -> Tensor:
-            y = F.relu(self.layer(x))
-            difference = (y + 1e6) - (y * 0.999999 + 1e6)
-            return F.layer_norm(difference, (8,)) * 1e-3 + y
+            return (self.a(x) - self.b(x)).mean((2, 3)) * 1e5
 
     torch.manual_seed(0)
-    assert walk(Judged(Cancelling(), [torch.randn(2, 8)])).steps[0].verdict.value == "passed"
+    net = zoo._trained_looking(Near())
+    net.b.load_state_dict(net.a.state_dict())
+    net.b[0].weight.data.mul_(1 + 2e-6 * torch.randn_like(net.b[0].weight))
+
+    class Coarse(Judged):
+        def score_of(self, output: Any) -> Tensor:
+            return output.abs().mean().log10().round()
+
+    report = walk(Coarse(net, images()))
+    assert report.steps[0].verdict.value == "passed"
+    # The amplification excuses float noise, not a fault.
+    assert broken(custom("WeightsWrongAt32", net=net)).quantizer == "net.a.1"
 
 
 def test_state_in_the_module_is_given_back_before_each_pass_and_disturbs_nothing() -> None:
@@ -371,3 +381,36 @@ def test_a_fault_of_an_own_quantizer_on_one_rank_ends_the_check_on_all(monkeypat
     assert on_one_of_two_ranks(monkeypatch, net, None, "_own_quantizers") == (None, 2)
     finding, passes = on_one_of_two_ranks(monkeypatch, net, Parting("net.9", 0.5), "_own_quantizers")
     assert (finding.quantizer, passes) == ("net.9", 1)
+
+
+# Our own part: a runner that is not faithful.
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_network_that_differs_with_every_quantizer_bypassed(monkeypatch: pytest.MonkeyPatch, later: bool) -> None:
+    original = Runner._run
+
+    def unfaithful(self: Any, planned: Any, *arguments: Any) -> Any:
+        result = original(self, planned, *arguments)
+        if planned.name != "net.2":
+            return result
+        return result * (1.5 if float(result.max()) > 20 else 1.0) if later else result * (1 + 1e-6)
+
+    data = images(2)
+    data[1] = data[1] + 50
+    monkeypatch.setattr(Runner, "_run", unfaithful)
+    report = walk(Judged(convnet(), data))
+    finding = broken(report)
+    assert finding.cause is Cause.BROKEN_PIPELINE
+    assert finding.quantizer == (None if later else "net.2")
+    expected = "the score is " if later else "the output of net.2 differs from FP32 by 9.6e-07 (relative)"
+    assert f"with every quantizer bypassed {expected}" in finding.evidence
+    assert report.coverage.unseen == ()
+
+
+def test_nan_at_32_bits_on_the_first_batch_names_the_operation() -> None:
+    data = [images()[0] + 50]
+    report = walk(Judged(convnet(), data), target={"quantizer": "tests.faulty_quantizers.NanInLaterBatches"})
+    finding = broken(report)
+    assert finding.quantizer == "net.1"
+    assert "the outputs first part at net.1: relative error inf" in finding.evidence

@@ -90,7 +90,7 @@ def broken(report: Report) -> Finding:
     assert report.verdict is Verdict.BROKEN_PIPELINE
     (step,) = report.steps
     assert (step.step, step.verdict) == (StepName.FP32_CHECK, StepVerdict.BROKEN)
-    finding = report.findings[-1]
+    finding = report.findings[0]
     assert step.advice == finding.evidence
     return finding
 
