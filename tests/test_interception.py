@@ -244,6 +244,7 @@ def test_nothing_stays_behind(error: type[BaseException]) -> None:
         log.root(torch.ones(1))
     assert surroundings() == before
     assert inside[0] != before
+    assert inside[0][2] is False, "the fast path of attention was on"
     assert log.stack == []
 
 
@@ -271,6 +272,34 @@ def test_other_threads_are_not_watched() -> None:
         model(torch.ones(1))
     assert len(results) == 1
     assert log.seen() == [("0", "exp"), ("1", "exp")]
+
+
+def test_a_module_that_another_thread_leaves_stays_on_the_stack() -> None:
+    class Spawns(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if threading.current_thread() is threading.main_thread():
+                thread = threading.Thread(target=lambda: self(x))
+                thread.start()
+                thread.join()
+            return torch.exp(x)
+
+    model = nn.Sequential(Spawns())
+    assert watch(model, lambda: model(torch.ones(1))).seen() == [("0", "exp")]
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")  # our global hooks are meant to see every module
+def test_nothing_is_compiled_while_watching() -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, examples: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model = nn.Sequential(torch.compile(Inner(), backend=backend))
+    assert watch(model, lambda: model(torch.ones(1))).seen() == [("0", "exp")]
+    assert graphs == []
+    model(torch.ones(1))
+    assert len(graphs) == 1
 
 
 def test_a_recomputation_on_another_thread_is_watched() -> None:

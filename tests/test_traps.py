@@ -55,6 +55,7 @@ class InPlaceResidual(nn.Module):
         y = self.second(x)
         y += x
         F.relu(y, inplace=True)
+        F.hardtanh(y, -2.0, 2.0, inplace=True)
         y.mul_(0.5).sub_(x.mean())
         return self.head(y.mean((2, 3)))
 
@@ -66,7 +67,7 @@ class OutOfPlaceResidual(InPlaceResidual):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        y = F.relu(self.second(x) + x)
+        y = F.hardtanh(F.relu(self.second(x) + x), -2.0, 2.0)
         return self.head((y * 0.5 - x.mean()).mean((2, 3)))
 
 
