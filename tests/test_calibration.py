@@ -175,9 +175,26 @@ def test_calibration_batches_that_the_step_can_not_take() -> None:
         match=r"`validation_step` failed on a calibration batch: RuntimeError: .* pass calibration='val' or a Data",
     ):
         calibrated(module)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as raised:
-        calibrated(Judged(nn.Linear(4, 4), [torch.ones(2, 5)]), loader=None)
-    assert not isinstance(raised.value, EvaluationError)
+
+
+@pytest.mark.parametrize(("loader", "expected"), [(None, ValueError), ("train", EvaluationError)])
+def test_only_on_other_batches_than_those_of_validation_is_the_loader_to_blame(loader: Any, expected: Any) -> None:
+    class Moody(Judged):
+        def score_of(self, output: Any) -> Tensor:
+            if self.out_of_turn:
+                raise ValueError("not now")
+            return super().score_of(output)
+
+    module = Moody(nn.Linear(4, 4), signs(1.0))
+    module.out_of_turn = False
+
+    def action(running: Any) -> None:
+        module.out_of_turn = True
+        with pytest.raises(expected, match="not now") as raised:
+            capture(Instrumentation(module, QuantTarget()), Evaluator(running, module, "loss"), loader)
+        assert type(raised.value) is expected
+
+    in_validation(module, action)
 
 
 def test_nothing_to_quantize_is_said_as_it_is() -> None:
