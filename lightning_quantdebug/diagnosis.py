@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lightning_quantdebug.calibration import calibration_loader, capture, set_ranges
-from lightning_quantdebug.errors import NonFiniteScoreError
+from lightning_quantdebug.errors import NonFiniteScoreError, NoTrainingDataError
 from lightning_quantdebug.evaluation import Evaluation, Evaluator
 from lightning_quantdebug.flowchart import final_verdict, judge, next_step
 from lightning_quantdebug.fp32_check import Fp32Check, Reference, first_non_finite
@@ -46,6 +46,12 @@ from lightning_quantdebug.target import Kind, Mode
 EVALUATIONS = 16
 # Causes that make every other finding meaningless stand first in the report, the others in the order of discovery.
 _FIRST = (Cause.BROKEN_PIPELINE, Cause.NONDETERMINISTIC_MODEL, Cause.NON_FINITE)
+
+_CALIBRATED_ON_VALIDATION = (
+    "`trainer.validate` was given no training data, so ranges were set on validation batches: the score that accepts "
+    "is measured on the data that chose them. Give a datamodule with a `train_dataloader`, or pass a DataLoader as "
+    "`calibration`."
+)
 
 
 class Diagnosis:
@@ -84,6 +90,7 @@ class Diagnosis:
         self.report = Report(settings=settings.to_dict(), environment=environment(self.root, evaluator.seed))
         self.session: Instrumentation | None = None
         self._reference: Evaluation | None = None
+        self._warnings: list[str] = []
         self._measured: dict[Kind | None, Evaluation] = {}
         self._own = find_own_quantizers(self.root)
         self._steps: dict[StepName, Callable[[], Step]] = {
@@ -150,6 +157,7 @@ class Diagnosis:
         check = Fp32Check(self.session, self.evaluator, self._own, self.advance)
         finding = check.run(Reference(reference, floor))
         warnings = [
+            *self._warnings,
             *chance_warning(self.session, self.settings, reference),
             *direction_warning(self.settings, self.evaluator.higher_is_better()),
         ]
@@ -170,7 +178,14 @@ class Diagnosis:
         """Quantizers on the model, in bypass, with ranges."""
         settings = self.settings
         session = Instrumentation(self.root, settings.target, module=settings.module, exclude=settings.exclude)
-        capture(session, self.evaluator, self.loader)
+        try:
+            capture(session, self.evaluator, self.loader)
+        except NoTrainingDataError:
+            if self.evaluator.trainer.state.fn == "fit":
+                raise
+            self.loader = None
+            self._warnings.append(_CALIBRATED_ON_VALIDATION)
+            capture(session, self.evaluator, self.loader)
         self.advance()
         samples = set_ranges(session, self.evaluator, self.loader, settings.calibration_batches)
         self.advance()

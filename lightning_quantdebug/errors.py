@@ -27,8 +27,8 @@ class NonFiniteScoreError(EvaluationError):
     """The monitored score is NaN or infinite."""
 
 
-class BrokenPipelineError(QuantDebugError, RuntimeError):
-    """The FP32 sanity check failed: no quantization result could be trusted."""
+class NoTrainingDataError(EvaluationError):
+    """There is no training DataLoader to set ranges on, as in ``trainer.validate`` with a validation loader alone."""
 
 
 class ReportError(QuantDebugError, ValueError):

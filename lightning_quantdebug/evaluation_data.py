@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lightning_quantdebug import lightning_compat as compat
-from lightning_quantdebug.errors import EvaluationError
+from lightning_quantdebug.errors import EvaluationError, NoTrainingDataError
 from lightning_quantdebug.lightning_compat import LoopData, TrainerLike, replaced
 from lightning_quantdebug.loader_copies import Batches, copy_loader, limited
 
@@ -73,12 +73,12 @@ class EvaluationData:
         if data is None:
             source = trainer.fit_loop._data_source
             if not source.is_defined():
-                raise EvaluationError(f"There is no training DataLoader to calibrate on. {_CALIBRATE_OTHERWISE}")
+                raise NoTrainingDataError(f"There is no training DataLoader to calibrate on. {_CALIBRATE_OTHERWISE}")
             try:
                 data = self._prepare(source, "train", source.instance)
             except (AttributeError, TypeError, NotImplementedError) as error:
                 # `trainer.validate` sets a datamodule up for validation only.
-                raise EvaluationError(
+                raise NoTrainingDataError(
                     f"`train_dataloader` failed outside of a fit ({type(error).__name__}: {error}). "
                     f"{_CALIBRATE_OTHERWISE}"
                 ) from error

@@ -74,6 +74,19 @@ def test_validate_without_fit(tmp_path: Path, namespace: str, inference_mode: bo
     fit_again.fit(module, loader(), loader(31, 1))
 
 
+def test_validate_with_nothing_to_train_on_calibrates_on_validation_and_says_so(tmp_path: Path) -> None:
+    class Untrainable(torture_class()):  # type: ignore[misc] # the base is made at run time
+        train_dataloader = lightning().LightningModule.train_dataloader
+
+    callback = debugger(calibration="train")
+    running = trainer(tmp_path, callbacks=[callback])
+    with pytest.warns(UserWarning, match="ranges were set on validation batches"):
+        running.validate(Untrainable(), loader(31, 1), verbose=False)
+    report = walked(callback.report)
+    assert report.settings["calibration_samples"] == 31
+    assert "given no training data" in Path(report.final.files["report.md"]).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize("kind", ["datamodule", "loaders", "module"])
 def test_diagnose_leaves_the_trainer_without_the_callback(tmp_path: Path, namespace: str, kind: str) -> None:
