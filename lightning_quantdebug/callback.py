@@ -27,7 +27,7 @@ from lightning_quantdebug.evaluation import Evaluator
 from lightning_quantdebug.instrument import Instrumentation
 from lightning_quantdebug.lightning_compat import CallbackBase
 from lightning_quantdebug.own_quantizers import find_own_quantizers, own_quantizers
-from lightning_quantdebug.plausibility import not_run
+from lightning_quantdebug.plausibility import missing_extras, not_run
 from lightning_quantdebug.rank_agreement import gather
 from lightning_quantdebug.report import Report, Verdict, write_atomically
 from lightning_quantdebug.report_markdown import to_markdown
@@ -165,6 +165,9 @@ class QuantDebug(CallbackBase):
         self._evaluator(trainer, pl_module).check()
         if self.settings.restore_best and stage == "fit" and checkpoint_callback(trainer) is None:
             raise SettingsError("`restore_best=True` needs a ModelCheckpoint among the callbacks, there is none.")
+        missing = missing_extras(self.settings)
+        if missing is not None:
+            raise SettingsError(missing)
         for note in not_run(self.settings):
             compat.rank_zero_warn(trainer, f"QuantDebug: {note}")
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 
 from lightning_quantdebug.evaluation import Evaluation
 from lightning_quantdebug.instrument import Instrumentation
 from lightning_quantdebug.settings import Direction, Settings
+
+# The extra `onnx`. The encodings are written beside a float ONNX model.
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+_NEEDS_ONNX = ("onnx", "encodings")
 
 
 def chance_warning(session: Instrumentation, settings: Settings, reference: Evaluation) -> list[str]:
@@ -46,6 +51,18 @@ def not_run(settings: Settings) -> list[str]:
         for name, values in asked.items()
         if values
     ]
+
+
+def missing_extras(settings: Settings) -> str | None:
+    """Which packages the settings need that are not installed, and how to get them; ``None`` if all are there."""
+    needed = {name for name in settings.export if name in _NEEDS_ONNX}
+    missing = [package for package in ONNX_PACKAGES if importlib.util.find_spec(package) is None]
+    if not needed or not missing:
+        return None
+    return (
+        f"`export={sorted(needed)}` needs {', '.join(missing)}, which can not be imported: "
+        "pip install 'lightning-quantdebug[onnx]'."
+    )
 
 
 def direction_warning(settings: Settings, higher_is_better: bool | None) -> list[str]:

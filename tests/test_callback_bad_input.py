@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,7 @@ def test_no_early_warning_for_a_monitor_that_is_logged(tmp_path: Path, recwarn: 
     assert not [warning for warning in recwarn if "QuantDebug" in str(warning.message)]
 
 
-@pytest.mark.parametrize(("name", "values"), [("export", ["onnx", "pt2"]), ("remedies", ["cle"])])
+@pytest.mark.parametrize(("name", "values"), [("export", ["pt2"]), ("remedies", ["cle"])])
 def test_what_this_version_does_not_run_is_said_and_reported(tmp_path: Path, name: str, values: list[str]) -> None:
     callback = debugger(**{name: values})
     started: list[int] = []
@@ -221,6 +222,17 @@ def test_what_this_version_does_not_run_is_said_and_reported(tmp_path: Path, nam
         f"`{name}={values}` is not run: this version does not have it yet."
     ]
     assert "is not run: this version" in (tmp_path / "quantdebug" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("wanted", ["onnx", "encodings"])
+def test_a_missing_extra_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "onnxruntime" else found(name, *a))
+    started: list[int] = []
+    text = rf"`export=\['{wanted}'\]` needs .*onnxruntime.*: pip install 'lightning-quantdebug\[onnx\]'"
+    with pytest.raises(SettingsError, match=text):
+        fit(tmp_path, debugger(export=[wanted, "pt2"]), others=[calling(on_train_start=lambda *_: started.append(1))])
+    assert not started
 
 
 # What the walk finds out: a warning by default, an error on demand; the fit has succeeded in both cases.
