@@ -366,3 +366,65 @@ def test_what_is_known_stays_in_the_report_when_a_walk_ends_in_an_error(trained:
     assert kept[0].report.verdict is None
     assert kept[0].session is not None
     assert all(quantizer.mode is Mode.BYPASS for quantizer in kept[0].session.quantizers.values())
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_exception_at_any_evaluation_of_any_step_gives_everything_back(
+    trained: nn.Module, error: type[BaseException]
+) -> None:
+    # Outside the module, whose own attributes are given back after each evaluation.
+    left = [0]
+
+    class Failing(Classifier):
+        """Raises inside its network at a chosen evaluation."""
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            left[0] -= batch_idx == 0
+            if left[0] or batch_idx:
+                super().validation_step(batch, batch_idx)
+                return
+            with self.net[-1].register_forward_pre_hook(stop):
+                super().validation_step(batch, batch_idx)
+
+    def stop(*_: Any) -> None:
+        raise error("planted")
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.Linear(8, 3)).eval()
+    module = Failing(net, points(32, 2))
+    settings = make_settings(monitor="loss", calibration="val")
+    steps: list[str] = []
+
+    def walk_with_error_at(evaluation: int, running: Any) -> bool:
+        evaluator = Evaluator(running, module, "loss")
+        before = (state_of(module), torch.get_rng_state().tolist(), global_hooks(), modes(module))
+        left[:] = [evaluation]
+        try:
+            Diagnosis(evaluator, evaluator, settings, None, steps.append).walk()
+            failed = False
+        except error:
+            failed = True
+        assert (state_of(module), torch.get_rng_state().tolist(), global_hooks(), modes(module)) == before
+        return failed
+
+    reached: list[str] = []
+
+    def action(running: Any) -> None:
+        evaluation = 1
+        while walk_with_error_at(evaluation, running):
+            reached.append(steps[-1])
+            evaluation += 1
+
+    in_validation(module, action)
+    assert list(dict.fromkeys(reached)) == ["fp32_check", "activations", "weights"]
+    assert len(reached) == 15
+
+
+def global_hooks() -> tuple[int, int, int]:
+    hooks = nn.modules.module
+    modes_active = torch.overrides._get_current_function_mode_stack()
+    return len(hooks._global_forward_hooks), len(hooks._global_forward_pre_hooks), len(modes_active)
+
+
+def modes(module: nn.Module) -> list[bool]:
+    return [part.training for part in module.modules()]
