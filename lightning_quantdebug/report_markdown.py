@@ -157,6 +157,13 @@ def interaction(report: Report) -> str | None:
     )
 
 
+# This version exports nothing itself.
+_MEASURE_ON_DEVICE = (
+    "Export the model with your engine's own tools and measure it on the device: this report simulates the engine's "
+    "arithmetic in float."
+)
+
+
 def _against_the_sum(extra: float) -> str:
     """How much more than the sum of its parts a loss is; rounding of the subtraction is no difference."""
     if abs(extra) < 1e-6:
@@ -166,7 +173,7 @@ def _against_the_sum(extra: float) -> str:
 
 def _of_interaction(found: Any) -> str:
     """The interval of the interaction, and whether it is noise."""
-    if found is None:
+    if found is None or found[0] == found[1]:
         return ""
     noise = " (noise)" if found[0] <= 0 <= found[1] else ""
     return f", 95 % interval {interval((found[0], found[1]))}{noise}"
@@ -176,7 +183,7 @@ def next_steps(report: Report) -> list[str]:
     """What the user can do now: plain sentences, the most useful first."""
     steps = list(dict.fromkeys(finding.advice for finding in report.findings if finding.advice))[:MAX_NAMES]
     if report.verdict in (Verdict.ACCEPTED, Verdict.REPAIRED, Verdict.REPAIRED_BY_QAT):
-        return [*steps, "Run the exported model on the device: this report simulates the engine's arithmetic in float."]
+        return [*steps, _MEASURE_ON_DEVICE]
     if report.verdict is Verdict.NOT_ACCEPTED:
         undone = [step.advice for step in left_undone(report)[:1]]
         return steps + (undone or _wider_targets(report))
@@ -284,9 +291,7 @@ def _walk(report: Report) -> str:
     parts = ["## The walk"]
     if rows:
         parts.append(table(("step", "score", "loss", "95 % interval of the loss", "verdict", "seconds"), rows))
-    sum_of_both = interaction(report)
-    if sum_of_both:
-        parts.append(sum_of_both)
+    parts += [text for text in (interaction(report), _on_empty_intervals(report)) if text]
     for verdict, text in (
         (StepVerdict.SKIPPED, "Skipped, because an earlier step passed"),
         (StepVerdict.NOT_RUN, "Not run by this version"),
@@ -295,6 +300,17 @@ def _walk(report: Report) -> str:
         if names:
             parts.append(f"{text}: {', '.join(code(name) for name in names)}.")
     return "\n\n".join(parts)
+
+
+def _on_empty_intervals(report: Report) -> str | None:
+    """What an interval without width leaves open (rule of three: Hanley and Lippman-Hand, 1983)."""
+    samples = report.baseline.samples if report.baseline is not None else None
+    if not samples or not any(s.interval is not None and s.interval[0] == s.interval[1] for s in walked(report)):
+        return None
+    return (
+        f"An interval without width: no batch changed its score. In {samples} samples a change of up to "
+        f"{number(3 / samples)} of them can stay unseen."
+    )
 
 
 def _findings(findings: Sequence[Finding]) -> str:

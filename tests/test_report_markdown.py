@@ -8,6 +8,7 @@ import markdown
 import pytest
 
 from lightning_quantdebug.report import (
+    Baseline,
     Cause,
     Coverage,
     Finding,
@@ -135,11 +136,21 @@ def test_the_interaction_of_weights_and_activations(both: object, text: str) -> 
     assert text in (interaction(full_report().with_step(weights)) or "")
 
 
+def test_an_interval_without_width_says_what_it_leaves_open() -> None:
+    step = Step(StepName.ACTIVATIONS, StepVerdict.PASSED, 0.9, 0.0, (0.0, 0.0))
+    report = Report(baseline=Baseline(0.9, 600), steps=(step,))
+    assert "In 600 samples a change of up to 0.005 of them can stay unseen." in to_markdown(report)
+    open_ended = replace(report, steps=(replace(step, interval=(0.0, 0.1)),))
+    for other in (open_ended, replace(report, baseline=Baseline(0.9)), replace(report, baseline=None)):
+        assert "can stay unseen" not in to_markdown(other)
+
+
 @pytest.mark.parametrize(
     ("found", "text"),
     [
         ([-0.1, 0.3], "than the sum, 95 % interval [-0.1, 0.3] (noise)."),
         ([0.1, 0.3], "than the sum, 95 % interval [0.1, 0.3]."),
+        ([0.0, 0.0], "than the sum."),
     ],
 )
 def test_an_interaction_inside_its_interval_is_called_noise(found: list[float], text: str) -> None:
