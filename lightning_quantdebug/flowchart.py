@@ -118,6 +118,7 @@ def final_verdict(report: Report) -> Verdict:
         return Verdict.FAILED
     if whole.verdict is not StepVerdict.PASSED:
         return Verdict.NOT_ACCEPTED
-    if report.step(StepName.QAT) is not None and report.step(StepName.QAT).verdict is StepVerdict.PASSED:  # type: ignore[union-attr]
+    qat = report.step(StepName.QAT)
+    if qat is not None and qat.verdict is StepVerdict.PASSED:
         return Verdict.REPAIRED_BY_QAT
     return Verdict.REPAIRED if any(remedy.kept for remedy in report.remedies) else Verdict.ACCEPTED
