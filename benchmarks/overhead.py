@@ -98,14 +98,16 @@ def forward_costs(model: nn.Module, batch: Tensor, rounds: int) -> dict[str, Any
 
 
 def training_costs(model: nn.Module, batch: Tensor, rounds: int) -> dict[str, Any]:
-    """Forward, backward and optimizer step: all quantized with straight-through gradients, over FP32.
+    """Forward, backward and optimizer step: all quantized with straight-through gradients, over an FP32 training step.
 
-    Batch normalizations are folded with their running statistics while their weights are quantized.
+    With batch normalizations that train (they compute the statistics of the batch, and the weight is folded, quantized
+    and unfolded), and with batch normalizations that are folded with their running statistics.
     """
     plain = type(model).forward.__get__(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
 
-    def step(forward: Callable[[Tensor], Tensor]) -> None:
+    def step(forward: Callable[[Tensor], Tensor], folded: bool = False) -> None:
+        model.train(not folded)
         optimizer.zero_grad()
         forward(batch).square().mean().backward()
         optimizer.step()
@@ -113,8 +115,8 @@ def training_costs(model: nn.Module, batch: Tensor, rounds: int) -> dict[str, An
     with instrument(model, batch, "int8") as session:
         session.calibrate([batch])
         session.set_mode("quantize")
-        model.train()
-        return paired(lambda: step(plain), {"straight_through": lambda: step(model)}, rounds)
+        forms = {"straight_through": lambda: step(model), "straight_through_folded": lambda: step(model, folded=True)}
+        return paired(lambda: step(plain), forms, rounds)
 
 
 class Small(pl.LightningModule):

@@ -72,9 +72,21 @@ class _Placer:
         self._explain_modules()
         self.result.known = set(self.keys.values())
         self.result.criteria = set(self.topology.criteria)
-        self.result.sites = list(self.sites.values())
+        self.result.sites = self._in_order_of_execution()
         self.result.unquantized = [Unquantized(name, reason) for name, reason in self.reasons.items()]
         return self.result
+
+    def _in_order_of_execution(self) -> list[Site]:
+        """The quantizers as a batch meets them: at one operation its inputs, its weights, its outputs."""
+        first: dict[OpKey, int] = {}
+        for index, operation in enumerate(self.topology):
+            first.setdefault(self.keys[operation.key], index)
+
+        def rank(site: Site) -> tuple[int, int]:
+            of_kind = 1 if site.kind is Kind.WEIGHT else 0
+            return min((first[spot.key], 2 if spot.slot is None else of_kind) for spot in site.places)
+
+        return sorted(self.sites.values(), key=rank)
 
     # Chains: operations that run as one kernel.
 

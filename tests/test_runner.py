@@ -178,7 +178,7 @@ def test_a_small_network_equals_the_forward_written_out_by_hand() -> None:
     batch = torch.randn(2, 3, 8, 8)
     with torch.no_grad(), instrument(model, batch) as q:
         assert list(q.quantizers) == [
-            "conv.weight", "deep.weight", "head.weight", "input", "relu6", "deep", "add", "mean", "head",
+            "input", "conv.weight", "relu6", "deep.weight", "deep", "add", "mean", "head.weight", "head",
         ]  # fmt: skip
         quantized(q, batch)
         norm = model.bn

@@ -306,7 +306,7 @@ def test_trap_04_a_loop_that_grows_shares_one_quantizer_across_calls() -> None:
     model = Recurrent().eval()
     short, long, longer = torch.randn(2, 5, 4), torch.randn(2, 9, 4), torch.randn(2, 12, 4)
     session = recorded(model, short, long)
-    assert list(session.quantizers) == ["cell.weight_ih", "cell.weight_hh", "head.weight", "input", "cell", "head"]
+    assert list(session.quantizers) == ["input", "cell.weight_ih", "cell.weight_hh", "cell", "head.weight", "head"]
     assert all(quantizer.is_calibrated for quantizer in session.quantizers.values())
     session.run(lambda: model(longer))
     assert session.coverage.unseen == ()
@@ -327,14 +327,14 @@ def test_trap_04_rounds_of_a_functional_loop_share_one_quantizer() -> None:
     many, one = torch.randn(3, 4).abs(), -torch.randn(3, 4).abs()
     session = recorded(model, many, one)
     assert list(session.quantizers) == [
-        "matrix",
-        "head.weight",
         "input",
+        "matrix",
         "linear",
         "tanh",
         "add",
         "gelu",
         "add.1",
+        "head.weight",
         "head",
     ]
     assert all(quantizer.is_calibrated for quantizer in session.quantizers.values())
@@ -371,7 +371,7 @@ def test_trap_05_a_scripted_module_is_reported_and_its_border_quantized() -> Non
     model = nn.Sequential(nn.Linear(4, 4), scripted, nn.Linear(4, 2)).eval()
     batch = torch.randn(3, 4)
     with instrument(model, batch) as q:
-        assert list(q.quantizers) == ["0.weight", "2.weight", "input", "0", "1", "2"]
+        assert list(q.quantizers) == ["input", "0.weight", "0", "1", "2.weight", "2"]
         assert "can not be seen" in reasons(q)["1 (inside)"]
         quantized(q, batch)
         weights = [grid(q, f"{index}.weight", model[index].weight) for index in (0, 2)]

@@ -31,7 +31,7 @@ def test_trap_06_unknown_is_data_and_new_zeros_are_constant() -> None:
     model = LeavesTorch().eval()
     batch = torch.randn(3, 4)
     with instrument(model, batch) as q:
-        assert list(q.quantizers) == ["layer.weight", "head.weight", "input", "layer", "add.2.input", "add.2", "head"]
+        assert list(q.quantizers) == ["input", "layer.weight", "layer", "add.2.input", "add.2", "head.weight", "head"]
         quantized(q, batch)
         assert q.quantizers["add.2.input"].observer.count == 12
 
