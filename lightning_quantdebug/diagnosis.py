@@ -158,6 +158,7 @@ class Diagnosis:
         finding = check.run(Reference(reference, floor))
         warnings = [
             *self._warnings,
+            *self.session.plan.idle,
             *chance_warning(self.session, self.settings, reference),
             *direction_warning(self.settings, self.evaluator.higher_is_better()),
         ]

@@ -413,6 +413,8 @@ def instrument(
     with eval_mode(model), _undisturbed(model), torch.inference_mode(False):
         session.record(functools.partial(call_with, model.forward, example_batch), example_batch)
     session.place()
+    if session.plan.idle:
+        raise SettingsError(" ".join(session.plan.idle))
     with _forward_replaced(model, session):
         yield session
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from lightning_quantdebug.dataflow import IGNORED, Flow, starts_from_integers
-from lightning_quantdebug.errors import SettingsError
 from lightning_quantdebug.interception import OpKey
 from lightning_quantdebug.operations import Category
 from lightning_quantdebug.placement_rules import RULES, Action, Rules
@@ -32,9 +31,6 @@ def place(topology: Topology, target: QuantTarget, exclude: Iterable[str] = ()) 
 
     Returns:
         The plan; every name in it is unique.
-
-    Raises:
-        SettingsError: If a pattern fits nothing.
     """
     return _Placer(topology, target, tuple(exclude)).plan()
 
@@ -244,7 +240,8 @@ class _Placer:
         """Remove the quantizers that the user excluded."""
         for pattern in self.exclude:
             if not any(fnmatchcase(name, pattern) for name in (*self.sites, *self.reasons)):
-                raise SettingsError(f"`exclude` has the pattern {pattern!r}, which fits none of {sorted(self.sites)}.")
+                found = sorted(self.sites)
+                self.result.idle.append(f"`exclude` has the pattern {pattern!r}, which fits none of {found}.")
             for name in [name for name in self.sites if fnmatchcase(name, pattern)]:
                 del self.sites[name]
                 self.reasons[name] = f"excluded by the pattern {pattern!r}"

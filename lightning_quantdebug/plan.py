@@ -61,6 +61,7 @@ class Plan:
         unquantized: What has no quantizer, and why.
         known: Every operation that was recorded; another one at run time was not seen in calibration.
         criteria: Paths of modules that judge the network; what runs in them is none of ours.
+        idle: What the user asked to exclude and was not found, in words.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -69,3 +70,4 @@ class Plan:
     unquantized: list[Unquantized] = field(default_factory=list)
     known: set[OpKey] = field(default_factory=set)
     criteria: set[str] = field(default_factory=set)
+    idle: list[str] = field(default_factory=list)

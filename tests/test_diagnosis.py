@@ -330,6 +330,13 @@ def test_the_acceptance_measures_anew_only_what_was_measured_on_fewer_batches(tr
     assert accepted == [0, 2]
 
 
+def test_a_pattern_that_excludes_nothing_is_told_and_stops_nothing(trained: nn.Module) -> None:
+    report = walk(classifier(trained, 64), target="int8", exclude=["net.0.wieght"])
+    (warning,) = step_of(report, StepName.FP32_CHECK).details["warnings"]
+    assert warning.startswith("`exclude` has the pattern 'net.0.wieght', which fits none of ['input', 'net.")
+    assert report.verdict is Verdict.ACCEPTED
+
+
 def test_no_samples_are_asked_for_where_the_loss_is_certain(trained: nn.Module) -> None:
     report = walk(classifier(trained, 64), monitor="acc", mode="max", target="w2a2", tolerance=0.001)
     whole = step_of(report, StepName.QUANTIZE_MODEL)
