@@ -150,7 +150,7 @@ class ReviewWriter:
 
     def write_ranges(self, settings: Iterable[QuantizerSetting], step: int) -> None:
         """Write the table of every quantizer's observed values, clipping range and grid."""
-        self._write_text(f"{self.prefix}/report_ranges", ranges_table(settings), step)
+        self._write_text(f"{self.prefix}/table_of_ranges", ranges_table(settings), step)
 
     def write_histograms(self, histograms: Mapping[str, Histogram], kind: Kind, step: int) -> None:
         """Write the histogram of each quantizer's tensor.

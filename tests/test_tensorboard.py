@@ -71,7 +71,7 @@ def test_a_report_is_written_as_scalars_and_pages(tmp_path: Path) -> None:
         for word, value in zip(("score", "loss"), values, strict=True)
     }
     assert text(read, "quantdebug/report").startswith("# Quantization: not accepted")
-    ranges = text(read, "quantdebug/report_ranges")
+    ranges = text(read, "quantdebug/table_of_ranges")
     assert "| `conv` | 8 asymmetric | per tensor | [0, 6] | [0, 6] | 0.02353 | 0 |" in ranges
     assert "| `conv.weight` | 8 symmetric | per channel (16) | [-1, 0.5] | [-1, 0.99] | 0.0078 | 0 |" in ranges
 
@@ -87,7 +87,7 @@ def test_hostile_names_are_shown_as_text_in_the_text_dashboard(tmp_path: Path) -
     with ReviewWriter(None, tmp_path) as writer:
         writer.write_report(hostile_report(), step=0)
     read = events(tmp_path)
-    for tag in ("quantdebug/report", "quantdebug/report_ranges"):
+    for tag in ("quantdebug/report", "quantdebug/table_of_ranges"):
         html = markdown_to_safe_html(text(read, tag))
         assert "a|b`c`&lt;script&gt;alert(1)&lt;/script&gt; ## owned [31m *_[x](http://e.vil)!" in html
         assert not re.search(r"<(script|a|img|em)\b", html)
