@@ -10,7 +10,7 @@ import torch
 
 from lightning_quantdebug.encoding import Encoding, encoding_from_range
 from lightning_quantdebug.errors import SettingsError
-from lightning_quantdebug.fake_quantize import BLOCK_SIZE, dense_view, fake_quantize
+from lightning_quantdebug.fake_quantize import BLOCK_SIZE, dense_view, fake_quantize, fake_quantize_
 from lightning_quantdebug.target import Granularity, QuantSpec
 
 PER_CHANNEL = Granularity.PER_CHANNEL
@@ -366,3 +366,33 @@ def test_wrong_groups_are_refused(shape):
     encoding = Encoding(spec, torch.ones(4, 2), torch.zeros(4, 2), 0)
     with pytest.raises(SettingsError, match=re.escape("groups of 4 values, got a tensor of shape " + str(shape))):
         fake_quantize(torch.zeros(shape), encoding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7,), (), (0, 3), (3, 5, 6, 4), (3, 400, 30, 20)])
+@pytest.mark.parametrize("form", ["contiguous", "channels_last", "strided", "requires_grad"])
+def test_writing_into_the_tensor_gives_the_same(dtype: torch.dtype, shape: tuple[int, ...], form: str) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    if form == "channels_last" and len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif form == "strided" and len(shape) > 1:
+        x = x.transpose(0, 1)[:, ::2]
+    encoding = encoding_from_range(torch.tensor(-1.0), torch.tensor(2.0), QuantSpec(4))
+    expected = fake_quantize(x, encoding)
+    target = (x.clone(memory_format=torch.preserve_format) if form != "strided" else x).requires_grad_(
+        form == "requires_grad"
+    )
+    place, strides = target.data_ptr(), target.stride()
+    result = fake_quantize_(target, encoding)
+    assert result is target
+    assert (target.data_ptr(), target.stride()) == (place, strides)
+    assert torch.equal(target, expected)
+
+
+def test_writing_into_a_tensor_per_channel() -> None:
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    spec = QuantSpec(4, symmetric=True, granularity=Granularity.PER_CHANNEL)
+    encoding = encoding_from_range(-torch.ones(3), torch.tensor([0.5, 1.0, 2.0]), spec, 0)
+    expected = fake_quantize(x, encoding)
+    assert torch.equal(fake_quantize_(x, encoding), expected)
+    assert torch.equal(x, expected)
