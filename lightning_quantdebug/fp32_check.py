@@ -21,9 +21,10 @@ from lightning_quantdebug.grid_check import grid_fault, noisy_activations
 from lightning_quantdebug.instrument import Instrumentation
 from lightning_quantdebug.operations import Category
 from lightning_quantdebug.own_quantizers import IdentityCheck, OwnQuantizer, own_quantizers
+from lightning_quantdebug.quantizer import Quantizer
 from lightning_quantdebug.rank_agreement import gather
 from lightning_quantdebug.report import Cause, Finding
-from lightning_quantdebug.target import Kind, Mode
+from lightning_quantdebug.target import Kind, Mode, QuantSpec
 from lightning_quantdebug.topology import Operation
 from lightning_quantdebug.traces import OutputTrace, Parting, SizeTrace, module_outputs, tensors_of
 
@@ -235,8 +236,11 @@ class Fp32Check:
         )
 
     def _grids(self) -> Finding | None:
-        """Each quantizer, on its own grid, rounds to the nearest level and keeps zero."""
+        """Each quantizer rounds to nearest and keeps zero; of those with the same grid the first speaks for all."""
+        first_of_grid: dict[tuple[Kind, QuantSpec, int | None], Quantizer] = {}
         for quantizer in self.session.quantizers.values():
+            first_of_grid.setdefault((quantizer.kind, quantizer.spec, quantizer.channel_axis), quantizer)
+        for quantizer in first_of_grid.values():
             fault = grid_fault(quantizer)
             if fault is not None:
                 return _broken(quantizer.name, f"the quantizer {quantizer.name} {fault}")

@@ -337,9 +337,8 @@ class _Forward:
     Copies and pickles of the module get its plain ``forward``, bound to the copy.
     """
 
-    def __init__(self, model: nn.Module, original: Callable[..., Any], session: Instrumentation) -> None:
+    def __init__(self, original: Callable[..., Any], session: Instrumentation) -> None:
         functools.update_wrapper(self, original)
-        self._model = model
         self._original = original
         self._session = session
 
@@ -361,7 +360,7 @@ def _forward_replaced(model: nn.Module, session: Instrumentation) -> Iterator[No
     """``model(...)`` and ``model.forward(...)`` run with the quantizers until the block ends."""
     had_own = "forward" in model.__dict__
     original = model.forward
-    model.__dict__["forward"] = _Forward(model, original, session)
+    model.__dict__["forward"] = _Forward(original, session)
     try:
         yield
     finally:

@@ -280,10 +280,10 @@ class Runner(Interception):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with the weight (and, where folded, the bias) replaced by what the hardware sees."""
         weight = value_at(args, kwargs, spot.slot)
-        bias_slot: Slot = ("bias",) if len(args) < 3 else (2,)
+        by_name = len(args) < 3
         bias = None
         if spot.fold is not None:
-            bias = kwargs.get("bias") if len(args) < 3 else args[2]
+            bias = kwargs.get("bias") if by_name else args[2]
         if spot.quantizer.mode is Mode.OBSERVE:
             self._observe_weight(spot, weight, bias)
             return args, kwargs
@@ -293,9 +293,9 @@ class Runner(Interception):
         args, kwargs = with_argument(args, kwargs, spot.slot, quantized)
         if spot.fold is None:
             return args, kwargs
-        if bias_slot == ("bias",):
+        if by_name:
             return args, {**kwargs, "bias": folded_bias}
-        return with_argument(args, kwargs, bias_slot, folded_bias)
+        return with_argument(args, kwargs, (2,), folded_bias)
 
     def _observe_weight(self, spot: WeightPlace, weight: Tensor, bias: Tensor | None) -> None:
         """Let the quantizer see the weight, once for as long as it does not change."""
@@ -317,15 +317,11 @@ class Runner(Interception):
         sources = self._sources(spot, weight, bias)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in sources):
             return self._newly_quantized(spot, weight, bias)
-        if spot.cached is None or not spot.cached[0].are_still(
-            (spot.quantizer.version, self._is_training(spot.fold)), sources
-        ):
+        state = (spot.quantizer.version, self._is_training(spot.fold))
+        if spot.cached is None or not spot.cached[0].are_still(state, sources):
             # Kept beyond the block: an inference tensor could not take part in training later.
             with torch.inference_mode(False), torch.no_grad():
-                spot.cached = (
-                    _Sources((spot.quantizer.version, self._is_training(spot.fold)), sources),
-                    *self._newly_quantized(spot, weight, bias),
-                )
+                spot.cached = (_Sources(state, sources), *self._newly_quantized(spot, weight, bias))
         return spot.cached[1], spot.cached[2]
 
     def _newly_quantized(self, spot: WeightPlace, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

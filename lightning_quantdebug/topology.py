@@ -64,7 +64,6 @@ class Operation:
         direct: Whether it stands in no module, but in the step itself.
         leaf: Whether the module is one of torch's own without children, so that the operation takes its name.
         arguments: The plain arguments that placement needs, by name (``training``, ``scalar``, ``groups``).
-        opaque: Whether it runs where nothing can be inserted.
     """
 
     key: OpKey
@@ -75,7 +74,6 @@ class Operation:
     leaf: bool
     arguments: dict[str, Any]
     outputs: tuple[Value, ...] = ()
-    opaque: bool = False
     name: str = ""
 
     @property
