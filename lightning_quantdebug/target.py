@@ -35,7 +35,7 @@ class Mode(str, Enum):
 
 
 class Granularity(str, Enum):
-    """How many encodings one tensor has."""
+    """How many encodings one tensor has, from the coarsest to the finest."""
 
     PER_TENSOR = "per_tensor"
     PER_CHANNEL = "per_channel"
@@ -43,10 +43,21 @@ class Granularity(str, Enum):
 
 
 class RangeSetting(str, Enum):
-    """How observed values become a clipping range."""
+    """How observed values become a clipping range.
+
+    ``cross_entropy`` is for the network's last output and ``batchnorm`` for activations behind a batch normalization:
+    neither can be told from what one quantizer observed, so only the remedy that tries range settings gives them.
+    """
 
     MIN_MAX = "min_max"
+    PERCENTILE = "percentile"
     MSE = "mse"
+    CROSS_ENTROPY = "cross_entropy"
+    BATCHNORM = "batchnorm"
+
+
+OF_SINGLE_QUANTIZERS = (RangeSetting.CROSS_ENTROPY, RangeSetting.BATCHNORM)
+"""Range settings that some activation quantizers can have, and no whole target."""
 
 
 class Placement(str, Enum):
@@ -83,8 +94,11 @@ class QuantSpec:
         group_size: Values that share an encoding along the input axis; only with ``per_group``.
         narrow_range: Leave out the lowest level of a signed grid (``[-127, 127]`` at 8 bits), as TFLite asks for
             weights.
-        range_setting: How the range is chosen: ``min_max``, ``mse``, or ``None`` for the default of the bit-width
-            (``min_max`` from 8 bits up, where clipping costs more than it saves, ``mse`` below).
+        range_setting: How the range is chosen: ``min_max``, ``percentile``, ``mse``, or ``None`` for the default of the
+            bit-width (``min_max`` from 8 bits up, where clipping costs more than it saves, ``mse`` below). Remedies
+            may give single activation quantizers ``cross_entropy`` or ``batchnorm``.
+        percentile: With ``percentile``: the share in percent, above 50, of the values that lie below the upper end;
+            as many lie above the lower end. On a symmetric grid, the share of the magnitudes below the end.
     """
 
     bit_width: int = 8
@@ -93,6 +107,7 @@ class QuantSpec:
     group_size: int | None = None
     narrow_range: bool = False
     range_setting: RangeSetting | None = None
+    percentile: float = 99.99
 
     def __post_init__(self) -> None:
         """Check every field and turn strings into enums."""
@@ -102,6 +117,9 @@ class QuantSpec:
         object.__setattr__(self, "granularity", parse_choice(Granularity, self.granularity, "granularity"))
         if self.range_setting is not None:
             object.__setattr__(self, "range_setting", parse_choice(RangeSetting, self.range_setting, "range_setting"))
+        share = self.percentile
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 50 < share <= 100:
+            raise SettingsError(f"`percentile` must be a number above 50 and at most 100, got {share!r}.")
         if (self.granularity is Granularity.PER_GROUP) != (self.group_size is not None):
             raise SettingsError(
                 f"`group_size` must be given with granularity 'per_group' and only there, got {self.group_size!r} "
@@ -133,6 +151,7 @@ class QuantSpec:
 
 
 _INT8_WEIGHT = QuantSpec(8, symmetric=True, granularity=Granularity.PER_CHANNEL)
+_PER_TENSOR_WEIGHT = replace(_INT8_WEIGHT, granularity=Granularity.PER_TENSOR)
 _INT8_ACTIVATION = QuantSpec(8)
 
 
@@ -147,6 +166,15 @@ class QuantTarget:
         placement: Which table of placement rules says where quantizers go.
         quantizer: Import path (``"package.module.Class"``) of a custom quantizer class, or ``None`` for ours. See
             :class:`lightning_quantdebug.quantizer.CustomQuantizer`.
+        finest_granularity: The finest granularity of weights that the engine has kernels for, which bounds what
+            remedies may try. ``None``: per channel with weights of 8 bits or more, per group below, as most engines
+            have it. Presets that are called or known as per-tensor-only say ``per_tensor``; a target that merely has
+            per-tensor weights, such as ``{"preset": "int8", "weights": {"granularity": "per_tensor"}}``, may be taken
+            per channel.
+
+    Raises:
+        SettingsError: If the weights are finer than ``finest_granularity``, or a granularity or range setting can not
+            be had for weights or activations.
     """
 
     name: str = "int8"
@@ -154,15 +182,53 @@ class QuantTarget:
     activations: QuantSpec = field(default_factory=lambda: _INT8_ACTIVATION)
     placement: Placement = Placement.GENERIC
     quantizer: str | None = None
+    finest_granularity: Granularity | None = None
 
     def __post_init__(self) -> None:
         """Check the fields and turn strings into enums."""
         object.__setattr__(self, "placement", parse_choice(Placement, self.placement, "placement"))
+        if self.finest_granularity is not None:
+            finest = parse_choice(Granularity, self.finest_granularity, "finest_granularity")
+            object.__setattr__(self, "finest_granularity", finest)
         if self.activations.granularity is not Granularity.PER_TENSOR:
             raise SettingsError(
                 f"Activations are quantized per tensor, got granularity {self.activations.granularity.value!r}: no "
                 "integer kernel can sum channels of different scales."
             )
+        for name, spec in (("weights", self.weights), ("activations", self.activations)):
+            if spec.range_setting in OF_SINGLE_QUANTIZERS:
+                choices = [choice.value for choice in RangeSetting if choice not in OF_SINGLE_QUANTIZERS]
+                raise SettingsError(
+                    f"`range_setting` of all {name} must be one of {choices}, got {spec.range_setting.value!r}, which "
+                    "only some activations can have: the remedy 'range_setting' tries it there."
+                )
+        if not self.allows(self.weights.granularity):
+            raise SettingsError(
+                f"Weights must be no finer than `finest_granularity`, got {self.weights.granularity.value!r} with "
+                f"{self.effective_finest_granularity.value!r}. If the engine has kernels for them, set "
+                f"`finest_granularity` to {self.weights.granularity.value!r} too."
+            )
+
+    @property
+    def effective_finest_granularity(self) -> Granularity:
+        """The bound in force: the given one, else that of the bit-width, or the weights' own where that is finer."""
+        if self.finest_granularity is not None:
+            return self.finest_granularity
+        usual = Granularity.PER_CHANNEL if self.weights.bit_width >= 8 else Granularity.PER_GROUP
+        return max(usual, self.weights.granularity, key=_fineness)
+
+    def allows(self, granularity: Granularity | str) -> bool:
+        """Whether the engine has kernels for weights of ``granularity``.
+
+        Raises:
+            SettingsError: If ``granularity`` is none of the choices.
+
+        Examples:
+            >>> [QuantTarget.from_value(name).allows("per_channel") for name in ("int8", "qnn", "qnn_per_channel")]
+            [True, False, True]
+        """
+        asked = parse_choice(Granularity, granularity, "granularity")
+        return _fineness(asked) <= _fineness(self.effective_finest_granularity)
 
     def spec(self, kind: Kind) -> QuantSpec:
         """The grid of weights or of activations."""
@@ -218,6 +284,11 @@ class QuantTarget:
         return replace(base, **changes)
 
 
+def _fineness(granularity: Granularity) -> int:
+    """Place in the order from coarse to fine."""
+    return list(Granularity).index(granularity)
+
+
 def _changed_spec(base: QuantSpec, changes: object, name: str) -> QuantSpec:
     """``base`` with the fields that ``changes`` gives."""
     if isinstance(changes, QuantSpec):
@@ -242,20 +313,28 @@ def _refuse_unknown(given: Mapping[str, Any], known: set[str], name: str) -> Non
 PRESETS: Mapping[str, QuantTarget] = {
     "int8": QuantTarget("int8"),
     "int8_per_tensor": QuantTarget(
-        "int8_per_tensor", weights=replace(_INT8_WEIGHT, granularity=Granularity.PER_TENSOR)
+        "int8_per_tensor", weights=_PER_TENSOR_WEIGHT, finest_granularity=Granularity.PER_TENSOR
     ),
-    "onnxruntime": QuantTarget("onnxruntime"),
+    "onnxruntime": QuantTarget("onnxruntime", finest_granularity=Granularity.PER_CHANNEL),
     "tensorrt": QuantTarget(
         "tensorrt",
         weights=replace(_INT8_WEIGHT, narrow_range=True),
         activations=QuantSpec(8, symmetric=True),
         placement=Placement.TENSORRT,
+        finest_granularity=Granularity.PER_CHANNEL,
     ),
-    "xnnpack": QuantTarget("xnnpack", weights=replace(_INT8_WEIGHT, narrow_range=True), placement=Placement.XNNPACK),
+    "xnnpack": QuantTarget(
+        "xnnpack",
+        weights=replace(_INT8_WEIGHT, narrow_range=True),
+        placement=Placement.XNNPACK,
+        finest_granularity=Granularity.PER_CHANNEL,
+    ),
     "qnn": QuantTarget(
-        "qnn", weights=replace(_INT8_WEIGHT, granularity=Granularity.PER_TENSOR), placement=Placement.QNN
+        "qnn", weights=_PER_TENSOR_WEIGHT, placement=Placement.QNN, finest_granularity=Granularity.PER_TENSOR
     ),
-    "qnn_per_channel": QuantTarget("qnn_per_channel", placement=Placement.QNN),
+    "qnn_per_channel": QuantTarget(
+        "qnn_per_channel", placement=Placement.QNN, finest_granularity=Granularity.PER_CHANNEL
+    ),
 }
 
 _WIDTHS = re.compile(r"w(\d+)a(\d+)(_per_tensor)?")
@@ -270,7 +349,7 @@ def _from_preset(name: str) -> QuantTarget:
         raise SettingsError(
             f"`target` must be one of {sorted(PRESETS)} or like 'w4a8' or 'w4a8_per_tensor', got {name!r}."
         )
-    weights = replace(_INT8_WEIGHT, bit_width=int(match[1]))
-    if match[3]:
-        weights = replace(weights, granularity=Granularity.PER_TENSOR)
-    return QuantTarget(name, weights=weights, activations=QuantSpec(int(match[2])))
+    only_per_tensor = match[3] is not None
+    weights = replace(_PER_TENSOR_WEIGHT if only_per_tensor else _INT8_WEIGHT, bit_width=int(match[1]))
+    finest = Granularity.PER_TENSOR if only_per_tensor else None
+    return QuantTarget(name, weights=weights, activations=QuantSpec(int(match[2])), finest_granularity=finest)

@@ -50,7 +50,10 @@ def test_a_narrow_range_needs_a_symmetric_grid() -> None:
 
 @pytest.mark.parametrize(
     ("name", "choices"),
-    [("granularity", "'per_tensor', 'per_channel', 'per_group'"), ("range_setting", "'min_max', 'mse'")],
+    [
+        ("granularity", "'per_tensor', 'per_channel', 'per_group'"),
+        ("range_setting", "'min_max', 'percentile', 'mse', 'cross_entropy', 'batchnorm'"),
+    ],
 )
 def test_a_wrong_choice_in_a_spec_lists_the_right_ones(name: str, choices: str) -> None:
     with pytest.raises(SettingsError, match=rf"`{name}` must be one of \[{choices}\], got 'fine'"):
@@ -61,6 +64,26 @@ def test_range_setting_follows_the_bit_width_unless_given() -> None:
     assert QuantSpec(8).effective_range_setting is RangeSetting.MIN_MAX
     assert QuantSpec(7).effective_range_setting is RangeSetting.MSE
     assert QuantSpec(8, range_setting=RangeSetting.MSE).effective_range_setting is RangeSetting.MSE
+
+
+@pytest.mark.parametrize("share", [50, 50.0, 100.1, 0.9999, -1, float("nan"), True, "99", None])
+def test_a_percentile_out_of_range_is_refused(share: Any) -> None:
+    with pytest.raises(SettingsError, match=rf"`percentile` must be a number above 50 and at most 100, got {share!r}"):
+        QuantSpec(8, percentile=share)
+
+
+@pytest.mark.parametrize("share", [50.1, 99, 99.99, 100])
+def test_a_percentile_of_more_than_half_is_kept(share: float) -> None:
+    assert QuantSpec(8, range_setting="percentile", percentile=share).percentile == share  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["weights", "activations"])
+@pytest.mark.parametrize("setting", ["cross_entropy", "batchnorm"])
+def test_a_range_setting_of_single_quantizers_is_none_of_a_target(kind: str, setting: str) -> None:
+    message = rf"`range_setting` of all {kind} must be one of \['min_max', 'percentile', 'mse'\], got '{setting}'"
+    with pytest.raises(SettingsError, match=message):
+        QuantTarget.from_value({kind: {"range_setting": setting}})
+    assert QuantSpec(8, range_setting=setting).effective_range_setting.value == setting  # type: ignore[arg-type]
 
 
 def test_activations_have_one_encoding_per_tensor() -> None:
@@ -111,7 +134,7 @@ def test_a_target_of_another_type_is_refused(value: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"bits": 8}, r"`target` has no field \['bits'\]; the fields are \['activations', 'name'"),
+        ({"bits": 8}, r"`target` has no field \['bits'\]; the fields are \['activations', 'finest_gran"),
         ({"weights": {"bits": 8}}, r"`target.weights` has no field \['bits'\]; the fields are \['bit_width'"),
         ({"weights": 8}, r"`target.weights` must be a mapping of QuantSpec fields, got 8"),
         ({"placement": "tpu"}, r"`placement` must be one of \['generic', .*got 'tpu'"),
@@ -137,3 +160,52 @@ def test_with_bit_width_changes_both_kinds_and_nothing_else() -> None:
     wide = target.with_bit_width(32)
     assert (wide.weights.bit_width, wide.activations.bit_width) == (32, 32)
     assert wide.with_bit_width(8) == target
+
+
+def finest(value: Any) -> str:
+    """The finest granularity that a target allows; all coarser ones must be allowed as well."""
+    target = QuantTarget.from_value(value)
+    allowed = [choice for choice in Granularity if target.allows(choice)]
+    assert allowed == list(Granularity)[: len(allowed)]
+    assert target.effective_finest_granularity is allowed[-1]
+    return allowed[-1].value
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("int8", "per_channel"),
+        ("onnxruntime", "per_channel"),
+        ("tensorrt", "per_channel"),
+        ("xnnpack", "per_channel"),
+        ("qnn_per_channel", "per_channel"),
+        ("qnn", "per_tensor"),
+        ("int8_per_tensor", "per_tensor"),
+        ("w8a8_per_tensor", "per_tensor"),
+        ("w4a8_per_tensor", "per_tensor"),
+        ("w8a16", "per_channel"),
+        ("w7a8", "per_group"),
+        ({"preset": "int8", "weights": {"granularity": "per_tensor"}}, "per_channel"),
+        ({"preset": "int8", "weights": {"granularity": "per_tensor", "bit_width": 4}}, "per_group"),
+        ({"preset": "int8", "weights": {"granularity": "per_group", "group_size": 8}}, "per_group"),
+        ({"preset": "onnxruntime", "weights": {"bit_width": 4}}, "per_channel"),
+        ({"preset": "int8", "finest_granularity": "per_group"}, "per_group"),
+        ({"preset": "qnn", "finest_granularity": "per_channel"}, "per_channel"),
+    ],
+)
+def test_the_finest_granularity_is_the_given_one_or_that_of_the_bit_width(value: Any, expected: str) -> None:
+    assert finest(value) == expected
+    assert finest(QuantTarget.from_value(value).to_dict()) == expected
+
+
+def test_weights_finer_than_the_engine_has_kernels_for_are_refused() -> None:
+    message = r"no finer than `finest_granularity`, got 'per_channel' with 'per_tensor'.*set `finest_granularity` to 'p"
+    with pytest.raises(SettingsError, match=message):
+        QuantTarget.from_value({"preset": "qnn", "weights": {"granularity": "per_channel"}})
+
+
+def test_a_wrong_granularity_lists_the_right_ones() -> None:
+    with pytest.raises(SettingsError, match=r"`finest_granularity` must be one of \['per_tensor', .*got 'per_row'"):
+        QuantTarget.from_value({"finest_granularity": "per_row"})
+    with pytest.raises(SettingsError, match=r"`granularity` must be one of \['per_tensor', .*got 'per_row'"):
+        QuantTarget.from_value("int8").allows("per_row")
