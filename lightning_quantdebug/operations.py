@@ -238,6 +238,44 @@ def parameters_of(func: Callable[..., Any]) -> tuple[str, ...]:
         return ()
 
 
+# Name, position and default of each bound of a clipping operation.
+_Bound = tuple[str, int, float | None] | None
+_BOUNDS: dict[str, tuple[_Bound, _Bound]] = {
+    "hardtanh": (("min_val", 1, -1.0), ("max_val", 2, 1.0)),
+    "clamp": (("min", 1, None), ("max", 2, None)),
+    "clip": (("min", 1, None), ("max", 2, None)),
+    "clamp_min": (("min", 1, None), None),
+    "clamp_max": (None, ("max", 1, None)),
+}
+
+
+def clip_bounds(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[float | None, float | None] | None:
+    """The bounds that a call clips to where they are plain numbers, ``None`` for a bound that is not there.
+
+    Returns:
+        Lower and upper bound, or ``None`` if the operation clips to tensors or is no clipping at all.
+
+    Examples:
+        >>> clip_bounds(F.relu6, (torch.zeros(1),), {}), clip_bounds(torch.clamp, (torch.zeros(1),), {"max": 2.0})
+        ((0.0, 6.0), (None, 2.0))
+    """
+    name = operation_name(func)
+    if name == "relu6":
+        return 0.0, 6.0
+    if name not in _BOUNDS:
+        return None
+    found = [
+        None if bound is None else args[bound[1]] if len(args) > bound[1] else kwargs.get(bound[0], bound[2])
+        for bound in _BOUNDS[name]
+    ]
+    if any(isinstance(bound, Tensor) for bound in found):
+        return None
+    low, high = (None if bound is None else float(bound) for bound in found)
+    return low, high
+
+
 def in_place_target(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The tensor that this call writes into, or ``None`` if it writes into none."""
     out = kwargs.get("out")

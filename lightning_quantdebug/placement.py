@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from lightning_quantdebug.dataflow import IGNORED, Flow, starts_from_integers
 from lightning_quantdebug.interception import OpKey
-from lightning_quantdebug.operations import Category
+from lightning_quantdebug.operations import Category, Slot
 from lightning_quantdebug.placement_rules import RULES, Action, Rules
 from lightning_quantdebug.plan import Place, Plan, Site
 from lightning_quantdebug.report import Unquantized
@@ -67,6 +67,7 @@ class _Placer:
         self._leave_out()
         self._explain_modules()
         self.result.known = set(self.keys.values())
+        self.result.parameters = self._parameters()
         self.result.criteria = set(self.topology.criteria)
         self.result.sites = self._in_order_of_execution()
         self.result.unquantized = [Unquantized(name, reason) for name, reason in self.reasons.items()]
@@ -83,6 +84,16 @@ class _Placer:
             return min((first[spot.key], 2 if spot.slot is None else of_kind) for spot in site.places)
 
         return sorted(self.sites.values(), key=rank)
+
+    def _parameters(self) -> dict[OpKey, Slot]:
+        """The parameter in each sum or product of data and a parameter."""
+        found: dict[OpKey, Slot] = {}
+        for operation in self.topology:
+            if operation.category in (Category.ADD, Category.MULTIPLY) and len(operation.data_inputs) == 1:
+                slots = [slot for slot, value in operation.inputs if value.constant and value.from_parameter]
+                if len(slots) == 1:
+                    found[self.keys[operation.key]] = slots[0]
+        return found
 
     # Chains: operations that run as one kernel.
 

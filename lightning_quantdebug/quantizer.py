@@ -6,9 +6,10 @@ is no ``nn.Module`` and is attached to nothing: :mod:`lightning_quantdebug.instr
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -62,6 +63,19 @@ def load_custom_quantizer(path: str | None) -> QuantizerFactory | None:
     return factory
 
 
+@dataclass(frozen=True, eq=False)
+class QuantizerState:
+    """A quantizer at one moment, to go back to."""
+
+    spec: QuantSpec
+    channel_axis: int | None
+    mode: Mode
+    encoding: Encoding | None
+    frozen: bool
+    observer: Observer
+    ranges: tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]
+
+
 class Quantizer:
     """One quantizer.
 
@@ -78,7 +92,8 @@ class Quantizer:
         observer: What calibration saw of an activation or a weight.
         encoding: Scale and zero point, ``None`` before calibration.
         factory: Class of a custom quantizer, ``None`` for ours.
-        version: Counts every change of the encoding or mode, for caches.
+        version: Counts every change of the encoding, for caches.
+        frozen: Whether the encoding survives calibration, as that of a weight whose rounding was learned must.
     """
 
     def __init__(
@@ -97,7 +112,8 @@ class Quantizer:
         self.fixed_range = fixed_range
         self.observer = Observer()
         self.version = 0
-        self._mode = Mode.BYPASS
+        self.frozen = False
+        self.mode = Mode.BYPASS
         self._spec = spec
         self._encoding: Encoding | None = None
         self._range: tuple[Tensor, Tensor] | None = None
@@ -108,16 +124,6 @@ class Quantizer:
     def __repr__(self) -> str:
         """Name, grid and mode."""
         return f"Quantizer({self.name!r}, {self.kind.value}, {self.bit_width} bits, {self.mode.value})"
-
-    @property
-    def mode(self) -> Mode:
-        """What the quantizer does now."""
-        return self._mode
-
-    @mode.setter
-    def mode(self, mode: Mode) -> None:
-        self._mode = mode
-        self.version += 1
 
     @property
     def spec(self) -> QuantSpec:
@@ -147,8 +153,58 @@ class Quantizer:
     def reset(self) -> None:
         """Forget what was observed."""
         self.observer = Observer()
+        if self.frozen:
+            return
         self._range = self._whole_range = None
         self.encoding = None
+
+    def freeze(self) -> None:
+        """Keep the present encoding, whatever calibration sees from now on.
+
+        Raises:
+            CaptureError: If there is no encoding to keep.
+        """
+        if self._encoding is None:
+            raise CaptureError(f"{self.name!r} has no encoding that could be kept: calibrate before `freeze`.")
+        self.frozen = True
+
+    def respecify(self, spec: QuantSpec, channel_axis: int | None) -> None:
+        """Take another grid: bit-width, granularity, range setting; a frozen encoding is given up.
+
+        An activation gets its range from what was observed at once, a weight when it is observed again.
+
+        Args:
+            spec: The grid.
+            channel_axis: Axis of the channels, ``None`` per tensor.
+        """
+        self._spec, self.channel_axis, self.frozen = spec, channel_axis, False
+        self._custom = self.factory(spec) if self.factory is not None else None
+        self._range = self._whole_range = None
+        self.encoding = None
+        if self.kind is Kind.ACTIVATION:
+            self.set_range()
+
+    def state(self) -> QuantizerState:
+        """Everything that makes the quantizer what it is now."""
+        return QuantizerState(
+            self._spec,
+            self.channel_axis,
+            self.mode,
+            self._encoding,
+            self.frozen,
+            copy.deepcopy(self.observer),
+            (self._range, self._whole_range),
+        )
+
+    def restore(self, state: QuantizerState) -> None:
+        """Become what :meth:`state` was taken of."""
+        if state.spec is not self._spec:
+            self._spec = state.spec
+            self._custom = self.factory(state.spec) if self.factory is not None else None
+        self.channel_axis, self.mode, self.frozen = state.channel_axis, state.mode, state.frozen
+        self.observer = copy.deepcopy(state.observer)
+        self._range, self._whole_range = state.ranges
+        self.encoding = state.encoding
 
     def observe(self, x: Tensor) -> None:
         """Take in one batch of the tensor; a weight counts as it is now, whatever was seen of it before."""
@@ -165,7 +221,7 @@ class Quantizer:
         if self.fixed_range is not None:
             low, high = (torch.tensor(end) for end in self.fixed_range)
             self._range = (low, high)
-        elif self.observer.count == 0:
+        elif self.observer.count == 0 or self.frozen:
             return
         elif self.kind is Kind.ACTIVATION:
             self._range = range_from_observer(self.observer, self._spec)
@@ -200,9 +256,9 @@ class Quantizer:
         Raises:
             CaptureError: If a custom quantizer changes the shape or the dtype.
         """
-        if self._mode is Mode.BYPASS or not x.is_floating_point():
+        if self.mode is Mode.BYPASS or not x.is_floating_point():
             return x
-        if self._mode is Mode.OBSERVE:
+        if self.mode is Mode.OBSERVE:
             self.observe(x)
             return x
         if self._encoding is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -92,6 +92,13 @@ class Recorder(Interception):
         if target is not None and form is None:
             self._overwritten(target, operation)
         return result
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        """What a metric or a loss is given leaves the network there."""
+        muted_before = bool(self.stack) and self.stack[-1].muted
+        super()._enter_module(module, args)
+        if self.stack and self.stack[-1].muted and not muted_before:
+            self.escaped(args)
 
     def out_of_reach(self, func: Callable[..., Any], frame: Frame, why: str) -> None:
         """Note that an operation can get no quantizer."""
@@ -275,3 +282,24 @@ def _plain_arguments(func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
             plain[name] = value
     plain.update({name: value for name, value in kwargs.items() if isinstance(value, (bool, int, float, str))})
     return plain
+
+
+def input_names(inputs: Any) -> dict[int, str]:
+    """Names of a batch's tensors: ``input`` for the first floating-point one, then ``input.1``; dicts by key."""
+    names: dict[int, str] = {}
+    for path, tensor in _leaves(plain_containers(inputs), ""):
+        if tensor.is_floating_point() or path:
+            names.setdefault(id(tensor), path or "input")
+    return names
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a batch with their names."""
+    if isinstance(value, Tensor):
+        yield path or "input", value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path or 'input'}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _leaves(item, path if index == 0 else f"{path or 'input'}.{index}")

@@ -94,6 +94,7 @@ class Cause(_Advised):
     SKEWED_TAIL = "skewed_activation_tail", "Use an asymmetric grid or a clipped range."
     NOT_QUANTIZED = "not_quantized", "Move the operation into a module, or accept that it stays in FP32."
     TOO_FEW_SAMPLES = "too_few_samples", "Validate on more samples."
+    CHANGED_FUNCTION = "changed_function", "Nothing to do: the remedy was undone, the other remedies are tried."
     TOO_FEW_BITS = "too_few_bits", "Raise the bit-width, use a finer granularity, or train with QAT."
 
 

@@ -181,6 +181,11 @@ class Topology:
         for run in self.runs:
             yield from run
 
+    def output_operations(self) -> list[Operation]:
+        """The operations whose results leave the network; if none is known to, those whose results nobody reads."""
+        found = [operation for operation in self if any(map(_leaves_network, operation.outputs))]
+        return found or [op for op in self if any(v.floating and not v.consumers for v in op.outputs)]
+
     def shared_keys(self) -> dict[OpKey, OpKey]:
         """Each recorded key with the parts left out (``None``) whose number depends on the data.
 
@@ -196,6 +201,11 @@ class Topology:
             )
             for key in (op.key for op in self)
         }
+
+
+def _leaves_network(value: Value) -> bool:
+    """Whether a value depends on data, holds real numbers and is returned or read outside the network."""
+    return value.escapes and value.floating and not value.constant
 
 
 def _site(key: OpKey) -> tuple[Any, ...]:

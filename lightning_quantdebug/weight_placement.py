@@ -80,7 +80,7 @@ class WeightPlacer:
             assert norm is not None
             assert fold is not None
             self.plan.folds[self.keys[operation.key]] = fold
-            self.plan.folded_into[self.keys[norm.key]] = name
+            self.plan.folded_into[self.keys[norm.key]] = self.keys[operation.key]
             self.reasons[norm.name] = f"folded into {name}"
 
     def _explain_unfolded(self, name: str, uses: list[_Use], different: int) -> None:
@@ -123,8 +123,8 @@ class WeightPlacer:
         if name not in self.sites:
             axis = _channel_axis(operation, slot, value)
             spec = _fitting(self.target.weights, granularity, axis, value.shape)
-            axis = None if spec.granularity is Granularity.PER_TENSOR else axis
-            self.sites[name] = Site(name, Kind.WEIGHT, spec, axis)
+            encoded = None if spec.granularity is Granularity.PER_TENSOR else axis
+            self.sites[name] = Site(name, Kind.WEIGHT, spec, encoded, axis=axis)
             self.reasons.pop(name, None)
         self._put(name, Place(self.keys[operation.key], slot))
 

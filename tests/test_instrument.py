@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quantdebug.errors import CaptureError, SettingsError
-from lightning_quantdebug.instrument import Instrumentation, eval_mode, instrument
+from lightning_quantdebug.instrument import Instrumentation, instrument
+from lightning_quantdebug.model_loan import eval_mode
 from lightning_quantdebug.target import Kind, Mode, QuantTarget
 from tests import zoo
 from tests.grids import quantized

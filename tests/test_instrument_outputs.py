@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quantdebug.instrument import call_with, instrument
+from lightning_quantdebug.instrument import instrument
 from lightning_quantdebug.interception import exact_kernels
+from lightning_quantdebug.model_loan import call_with
 from lightning_quantdebug.operations import tensors_in
 from lightning_quantdebug.recorder import plain_containers
 from tests import zoo

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from lightning_quantdebug.batchnorm_folding import fold_batch_norm
+from lightning_quantdebug.effective_weight import Sources
 from lightning_quantdebug.instrument import Instrumentation, instrument
 from lightning_quantdebug.plan import BatchNormFold
-from lightning_quantdebug.runner import _Sources, fold_batch_norm
 from lightning_quantdebug.target import QuantTarget
 from tests import zoo
 from tests.grids import grid, quantized
@@ -132,7 +133,7 @@ def test_the_quantized_run_sees_the_folded_weight(name: str, bias: bool, affine:
 
 def test_what_a_kept_weight_was_computed_from_is_told_by_identity_version_and_value() -> None:
     a = torch.zeros(64, 64)
-    sources = _Sources(1, (a, None))
+    sources = Sources(1, (a, None))
     assert sources.are_still(1, (a, None))
     assert not sources.are_still(2, (a, None))
     assert not sources.are_still(1, (a.clone(), None))
@@ -140,12 +141,12 @@ def test_what_a_kept_weight_was_computed_from_is_told_by_identity_version_and_va
     assert not sources.are_still(1, (None, None))
     a[1, 1] = 1.0
     assert not sources.are_still(1, (a, None)), "a write that only the version tells of"
-    sources = _Sources(1, (a, None))
+    sources = Sources(1, (a, None))
     a.data += 1.0
     assert not sources.are_still(1, (a, None)), "a write that only the values tell of"
     with torch.inference_mode():
         b = torch.zeros(2)
-    assert not _Sources(1, (b,)).are_still(1, (b,)), "of an inference tensor nobody knows"
+    assert not Sources(1, (b,)).are_still(1, (b,)), "of an inference tensor nobody knows"
 
 
 class SmallNet(nn.Module):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_quantdebug.diagnosis import Diagnosis
 from lightning_quantdebug.evaluation import Evaluator
-from lightning_quantdebug.instrument import call_with
+from lightning_quantdebug.model_loan import call_with
 from lightning_quantdebug.report import Finding, Report, StepName, StepVerdict, Verdict
 from lightning_quantdebug.settings import make_settings
 from tests import zoo

@@ -1,0 +1,177 @@
+"""What a remedy changes of one operation, kept beside the model and applied while the operation runs.
+
+Nothing of the user's is written into: an :class:`Adjustment` scales and shifts the weight and the bias that an
+operation gets, after batch normalization is folded into them, and ahead of their quantizer. Undoing a remedy is
+dropping its adjustments, so that it is exact; two remedies on one operation compose (:meth:`Adjustment.then`). Scales
+and offsets are affine in the user's own parameters, which can therefore be trained through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_quantdebug.operations import operation_name
+from lightning_quantdebug.report import Finding
+
+# Where the weight and the bias of an operation stand: their position, and the name under which they may be passed.
+PARAMETERS: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "linear"), (1, 2)),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), (1, 2)),
+    **dict.fromkeys(("layer_norm", "group_norm", "rms_norm"), (2, 3)),
+}
+HAS_BIAS = frozenset(PARAMETERS) - {"rms_norm"}
+"""The operations that take a bias, whether they were given one or not."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adjustment:
+    """What remedies change of one operation besides its quantizers; all ``None``: nothing.
+
+    Attributes:
+        weight_scale: Broadcastable to the weight. The effective weight is ``W * weight_scale + weight_offset``, with
+            ``W`` the weight after folding. Of a normalization the weight is gamma; of a multiplication or an addition
+            of a parameter it is that parameter.
+        weight_offset: Of the weight's shape.
+        bias_scale: ``(C_out,)``. The effective bias is ``b * bias_scale + bias_offset``.
+        bias_offset: ``(C_out,)``; it is the bias where the operation has none.
+        bounds_scale: Of a clipped activation (``relu6``, ``hardtanh``, ``clamp`` with numbers), whose bounds are
+            multiplied by it; broadcastable to its output, such as ``(C, 1, 1)``.
+        rounded: Whether ``weight_offset`` puts the weight on the grid of its quantizer, whose encoding is frozen.
+    """
+
+    weight_scale: Tensor | None = None
+    weight_offset: Tensor | None = None
+    bias_scale: Tensor | None = None
+    bias_offset: Tensor | None = None
+    bounds_scale: Tensor | None = None
+    rounded: bool = False
+
+    def then(self, later: Adjustment) -> Adjustment:
+        """The adjustment that does what this one does and then what ``later`` does.
+
+        Examples:
+            >>> one = Adjustment(bias_scale=torch.tensor([2.0]), bias_offset=torch.tensor([1.0]))
+            >>> both = one.then(Adjustment(bias_scale=torch.tensor([3.0])))
+            >>> both.bias(torch.tensor([10.0]))  # (10 * 2 + 1) * 3
+            tensor([63.])
+        """
+        return Adjustment(
+            weight_scale=_product(self.weight_scale, later.weight_scale),
+            weight_offset=_sum(_product_of_offset(self.weight_offset, later.weight_scale), later.weight_offset),
+            bias_scale=_product(self.bias_scale, later.bias_scale),
+            bias_offset=_sum(_product_of_offset(self.bias_offset, later.bias_scale), later.bias_offset),
+            bounds_scale=_product(self.bounds_scale, later.bounds_scale),
+            rounded=later.rounded or (self.rounded and later.weight_scale is None and later.weight_offset is None),
+        )
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """The effective weight, in the dtype and shape of ``weight``."""
+        return _affine(weight, self.weight_scale, self.weight_offset)
+
+    def bias(self, bias: Tensor | None) -> Tensor | None:
+        """The effective bias; ``None`` where there is neither a bias nor an offset."""
+        if bias is None:
+            return self.bias_offset
+        return _affine(bias, self.bias_scale, self.bias_offset)
+
+    def to(self, device: torch.device) -> Adjustment:
+        """The same adjustment with its tensors on ``device``; itself if they are there."""
+        tensors = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "rounded"}
+        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        if all(tensor.device == device for tensor in present.values()):
+            return self
+        return replace(self, **{name: tensor.to(device) for name, tensor in present.items()})
+
+    @property
+    def moves_bias(self) -> bool:
+        """Whether the operation gets another bias."""
+        return self.bias_scale is not None or self.bias_offset is not None
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a remedy did.
+
+    Attributes:
+        changed: Names of the layers or quantizers that it changed; empty: it did nothing.
+        skipped: What it left alone, each with the reason.
+        note: One sentence with numbers, for the report.
+        findings: What was learned on the way.
+    """
+
+    changed: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    note: str = ""
+    findings: tuple[Finding, ...] = ()
+
+
+def adjusted_parameters(
+    adjustment: Adjustment, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of an operation without a quantized weight, with its parameters adjusted.
+
+    A normalization without gamma gets ``weight_scale`` as its gamma.
+    """
+    weight_position, bias_position = PARAMETERS[operation_name(func)]
+    weight = argument(args, kwargs, weight_position, "weight")
+    new = adjustment.weight_scale if weight is None else adjustment.weight(weight)
+    args, kwargs = put_argument(args, kwargs, weight_position, "weight", new)
+    if operation_name(func) not in HAS_BIAS:
+        return args, kwargs
+    bias = adjustment.bias(argument(args, kwargs, bias_position, "bias"))
+    return put_argument(args, kwargs, bias_position, "bias", bias)
+
+
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> Any:
+    """An optional argument, passed by position or by name; ``None`` where it was left out."""
+    return args[position] if len(args) > position else kwargs.get(name)
+
+
+def put_argument(
+    args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with an optional one replaced, or added by name where it was left out."""
+    if len(args) > position:
+        return (*args[:position], value, *args[position + 1 :]), kwargs
+    return args, {**kwargs, name: value}
+
+
+def clipped(x: Tensor, bounds: tuple[float | None, float | None], scale: Tensor) -> Tensor:
+    """``x`` of any shape, clipped to ``[low * scale, high * scale]``; a bound of ``None`` is none."""
+    scale = scale.to(x.dtype)
+    low, high = (None if bound is None else bound * scale for bound in bounds)
+    return torch.clamp(x, low, high)
+
+
+def _affine(x: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+    """``x * scale + offset`` in float32 at least, in the dtype of ``x``."""
+    result = x.to(torch.promote_types(x.dtype, torch.float32))
+    if scale is not None:
+        result = result * scale
+    if offset is not None:
+        result = result + offset
+    return result.to(x.dtype)
+
+
+def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The product of two factors, ``None`` standing for 1."""
+    if one is None or other is None:
+        return one if other is None else other
+    return one * other
+
+
+def _product_of_offset(offset: Tensor | None, scale: Tensor | None) -> Tensor | None:
+    """A scaled offset, ``None`` standing for the offset 0."""
+    return offset if offset is None or scale is None else offset * scale
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of two offsets, ``None`` standing for 0."""
+    if one is None or other is None:
+        return one if other is None else other
+    return one + other
