@@ -1,8 +1,14 @@
 """Range setting: from observed values to the clipping range of an encoding.
 
-Min-max takes the whole range. MSE takes the range whose grid has the least mean squared error, clipping rare large
-values in favour of a finer step (Sung et al., 2015; Choukroun et al., 2019, OMSE). Each candidate is judged by the
-encoding and the fake-quantize that will be used, zero point rounding included.
+Min-max takes the whole range (Nagel et al., 2021, section 3.1, "Min-max"). Percentile leaves out a share of the values
+at both ends (McKinstry et al., 2018). MSE takes the range whose grid has the least mean squared error, clipping rare
+large values in favour of a finer step (Sung et al., 2015; Choukroun et al., 2019, OMSE; Nagel et al., 2021, section
+3.1, "MSE"). As ``SQNR = 10 log10(E[x^2] / E[(x - x_hat)^2])`` has a numerator that no range changes, this is
+also the range of greatest SQNR. Each candidate is judged by the encoding and the fake-quantize that will be used, zero
+point rounding included.
+
+Cross-entropy and BN-based range setting need more than one tensor's values:
+:mod:`lightning_quantdebug.activation_ranges`.
 
 An asymmetric range has two ends that depend on each other: searched one at a time they get stuck far from the best pair
 when both tails have outliers. So pairs are tried: all of a coarse grid of shares of the whole range, a constant ratio
@@ -11,7 +17,9 @@ apart, then finer and finer around the best. A symmetric grid has one end, and p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,12 +27,12 @@ from torch import Tensor
 from lightning_quantdebug.encoding import encoding_from_range
 from lightning_quantdebug.errors import CalibrationError, SettingsError
 from lightning_quantdebug.fake_quantize import BLOCK_SIZE, fake_quantize
-from lightning_quantdebug.observer import Observer
-from lightning_quantdebug.target import Granularity, QuantSpec, RangeSetting
+from lightning_quantdebug.observer import Histogram, Observer
+from lightning_quantdebug.target import OF_SINGLE_QUANTIZERS, Granularity, QuantSpec, RangeSetting
 
 
 @dataclass(frozen=True)
-class _Search:
+class Search:
     """How the shares of the whole range are searched.
 
     Attributes:
@@ -41,14 +49,17 @@ class _Search:
 
 
 # Shares down to 2^-9: at 8 bits, a bulk that is narrower still falls on a single level of the whole range.
-_OF_HISTOGRAM = {False: _Search(2**0.5, 19, 3, 3), True: _Search(2**0.125, 73, 2, 4)}
+OF_HISTOGRAM = {False: Search(2**0.5, 19, 3, 3), True: Search(2**0.125, 73, 2, 4)}
 # Weights have shorter tails, and each candidate is a pass over all of them: shares down to 1/8 and 1/20.
-_OF_WEIGHT = {False: _Search(1.3, 9, 2, 2), True: _Search(1.08, 40, 1, 4)}
+_OF_WEIGHTS = {False: Search(1.3, 9, 2, 2), True: Search(1.08, 40, 1, 4)}
 """By whether the grid is symmetric."""
 
 
 def range_from_observer(observer: Observer, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """The clipping range of an activation, by ``spec.effective_range_setting``.
+
+    ``cross_entropy`` and ``batchnorm`` can not be told from one observer: they give the range of ``min_max`` here,
+    until :func:`lightning_quantdebug.activation_ranges.set_activation_ranges` sets the encoding and freezes it.
 
     Args:
         observer: What calibration saw.
@@ -67,14 +78,20 @@ def range_from_observer(observer: Observer, spec: QuantSpec) -> tuple[Tensor, Te
         (tensor(-1.), tensor(2.))
     """
     low, high = torch.tensor(observer.range_min), torch.tensor(observer.range_max)
-    if spec.effective_range_setting is RangeSetting.MIN_MAX:
-        return low, high
     histogram = observer.histogram
     filled = histogram.counts > 0
+    if not bool(filled.any()):
+        # Only a sample of the values is counted, and that can have been of infinities alone.
+        return low, high
+    if spec.effective_range_setting is RangeSetting.PERCENTILE and spec.percentile < 100:
+        return _clipped(low, high, *_percentile_of_histogram(histogram, spec))
+    if spec.effective_range_setting is not RangeSetting.MSE:
+        return low, high
     edges = histogram.lower_edges[filled]
     # A bin stands for its middle. It is off by at most half a bin, at 8 bits a sixteenth of a step or less.
     points = (edges + histogram.bin_width / 2).float().clamp(low, high)
-    best = _least_error(points[None], histogram.counts[filled].float(), low[None], high[None], spec, _OF_HISTOGRAM)
+    errors = partial(_errors, points[None], histogram.counts[filled].float(), spec)
+    best = search_ranges(low[None], high[None], spec, OF_HISTOGRAM[spec.symmetric], errors)
     return best[0][0], best[1][0]
 
 
@@ -91,13 +108,19 @@ def range_from_tensor(x: Tensor, spec: QuantSpec, channel_axis: int | None = Non
 
     Raises:
         CalibrationError: If ``x`` is empty or has values that are not finite.
-        SettingsError: If ``channel_axis`` or the shape do not fit the granularity.
+        SettingsError: If ``channel_axis`` or the shape do not fit the granularity, or the range setting is one of
+            activations.
 
     Examples:
         >>> weight = torch.tensor([[-1.0, 0.5], [0.25, 2.0]])
         >>> range_from_tensor(weight, QuantSpec(8, granularity=Granularity.PER_CHANNEL), 0)
         (tensor([-1.0000,  0.2500]), tensor([0.5000, 2.0000]))
     """
+    if spec.effective_range_setting in OF_SINGLE_QUANTIZERS:
+        raise SettingsError(
+            f"A weight's `range_setting` must be 'min_max', 'percentile' or 'mse', got "
+            f"{spec.effective_range_setting.value!r}, which is for activations."
+        )
     x = x.detach().float()
     if x.numel() == 0 or not bool(x.isfinite().all()):
         raise CalibrationError(
@@ -106,18 +129,68 @@ def range_from_tensor(x: Tensor, spec: QuantSpec, channel_axis: int | None = Non
         )
     rows, shape = _rows(x, spec, channel_axis)
     low, high = rows.aminmax(dim=1)
-    if spec.effective_range_setting is RangeSetting.MSE:
+    if spec.effective_range_setting is RangeSetting.PERCENTILE:
+        low, high = _clipped(low, high, *_percentile_of_rows(rows, spec))
+    elif spec.effective_range_setting is RangeSetting.MSE:
         if rows.shape[0] == 1:
             observer = Observer(values_per_sample=None)
             observer.observe(rows)
             low, high = (end[None].to(x.device) for end in range_from_observer(observer, spec))
         else:
-            # Some rows at a time, so that they stay in the cache while all candidates are tried.
-            size = max(1, BLOCK_SIZE // rows.shape[1])
-            parts = zip(*(torch.split(each, size) for each in (rows, low, high)), strict=True)
-            found = [_least_error(part, None, least, most, spec, _OF_WEIGHT) for part, least, most in parts]
-            low, high = (torch.cat(ends) for ends in zip(*found, strict=True))
+            low, high = _least_error(rows, low, high, spec)
     return low.view(shape), high.view(shape)
+
+
+def _clipped(low: Tensor, high: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Both of ``lower`` and ``upper``, inside the whole range ``[low, high]``."""
+    return lower.to(low).clamp(low, high), upper.to(low).clamp(low, high)
+
+
+def _percentile_of_histogram(histogram: Histogram, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The ends between which a histogram has its values but for the share at each end, float64, shape ``()``.
+
+    Inside a bin the values are taken to lie evenly.
+    """
+    share = spec.percentile / 100
+    counts, first = histogram.counts.double(), round(histogram.range_min / histogram.bin_width)
+    if spec.symmetric:
+        # A bin's edges are multiples of its width, so that [-(i + 1), -i) mirrored is the bin [i, i + 1).
+        bins = torch.arange(first, first + counts.numel())
+        mirrored = torch.where(bins < 0, -1 - bins, bins)
+        least = mirrored.min()
+        end = (least + _below(torch.bincount(mirrored - least, weights=counts), share)) * histogram.bin_width
+        return -end, end
+    lower = first + counts.numel() - _below(counts.flip(0), share)
+    upper = first + _below(counts, share)
+    return lower * histogram.bin_width, upper * histogram.bin_width
+
+
+def _below(counts: Tensor, share: float) -> Tensor:
+    """How many bins, with a fraction of the last, hold the ``share`` of all counts."""
+    cumulative = counts.cumsum(0)
+    wanted = share * cumulative[-1]
+    last = torch.searchsorted(cumulative, wanted).clamp(max=counts.numel() - 1)
+    missing = cumulative[last] - wanted
+    return last + 1 - missing / counts[last]
+
+
+def _percentile_of_rows(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """For each row, shape ``(R, P)``, the ends beyond which the shares of its values lie, float64, shape ``(R,)``."""
+    share = spec.percentile / 100
+    if spec.symmetric:
+        end = _quantile(rows.abs(), share)
+        return -end, end
+    return -_quantile(-rows, share), _quantile(rows, share)
+
+
+def _quantile(rows: Tensor, share: float) -> Tensor:
+    """The quantile of each row, linear between two values (as numpy's default), float64, shape ``(R,)``."""
+    # Not `torch.quantile`, which takes no more than 16 million values.
+    position = share * (rows.shape[1] - 1)
+    index = min(int(position), rows.shape[1] - 1)
+    below = rows.kthvalue(index + 1, dim=1).values.double()
+    above = rows.kthvalue(min(index + 2, rows.shape[1]), dim=1).values.double()
+    return below + (above - below) * (position - index)
 
 
 def _rows(x: Tensor, spec: QuantSpec, channel_axis: int | None) -> tuple[Tensor, tuple[int, ...]]:
@@ -139,40 +212,50 @@ def _rows(x: Tensor, spec: QuantSpec, channel_axis: int | None) -> tuple[Tensor,
     return x.reshape(-1, spec.group_size), (x.shape[0], x.shape[1] // spec.group_size)
 
 
-def _least_error(
-    rows: Tensor, weights: Tensor | None, low: Tensor, high: Tensor, spec: QuantSpec, searches: dict[bool, _Search]
+def _least_error(rows: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """For each row, shape ``(R, P)``, of values in ``[low, high]`` the range with the least squared error."""
+    # Some rows at a time, so that they stay in the cache while all candidates are tried.
+    size = max(1, BLOCK_SIZE // rows.shape[1])
+    found = [
+        search_ranges(least, most, spec, _OF_WEIGHTS[spec.symmetric], partial(_errors, part, None, spec))
+        for part, least, most in zip(*(torch.split(each, size) for each in (rows, low, high)), strict=True)
+    ]
+    lower, upper = zip(*found, strict=True)
+    return torch.cat(lower), torch.cat(upper)
+
+
+def search_ranges(
+    low: Tensor, high: Tensor, spec: QuantSpec, search: Search, errors: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """For each of ``R`` rows the range with the least squared error.
+    """For each of ``R`` tensors the range with the least error among those tried.
 
     Args:
-        rows: Values, shape ``(R, P)``.
-        weights: How often each value counts, shape ``(P,)``; ``None``: once.
-        low: Least value of each row, shape ``(R,)``.
-        high: Greatest value of each row.
+        low: Least value of each tensor, shape ``(R,)``.
+        high: Greatest value of each tensor.
         spec: The grid.
-        searches: How to search, by whether the grid is symmetric.
+        search: How to search.
+        errors: From ranges, shape ``(R, M, 2)``, to the error in each of them, shape ``(R, M)``.
 
     Returns:
-        Lower and upper ends, shape ``(R,)``.
+        Lower and upper ends, shape ``(R,)``; of equal errors that which was tried first, the wider one.
     """
-    search = searches[spec.symmetric]
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     if spec.symmetric:
         scale = torch.maximum(high / spec.quant_max, low / spec.quant_min)
         low, high = scale * spec.quant_min, scale * spec.quant_max
     whole = torch.stack([low, high], -1)[:, None]
-    coarse = torch.tensor([search.ratio**-index for index in range(search.count)], device=rows.device)
-    shares = _pairs(coarse, whole, spec.symmetric).expand(rows.shape[0], -1, -1)
-    errors = _errors(rows, weights, shares * whole, spec)
+    coarse = torch.tensor([search.ratio**-index for index in range(search.count)], device=low.device)
+    shares = _pairs(coarse, whole, spec.symmetric).expand(low.shape[0], -1, -1)
+    found = errors(shares * whole)
     ratio = search.ratio
     for _ in range(search.refinements):
-        best = shares.take_along_dim(errors.argmin(1)[:, None, None], 1)
+        best = shares.take_along_dim(found.argmin(1)[:, None, None], 1)
         ratio **= 1 / search.reach
-        factors = torch.tensor([ratio**index for index in range(-search.reach, search.reach + 1)], device=rows.device)
+        factors = torch.tensor([ratio**index for index in range(-search.reach, search.reach + 1)], device=low.device)
         finer = (best[:, :, None] * _pairs(factors, whole, spec.symmetric)).flatten(1, 2).clamp(max=1.0)
         shares = torch.cat([best, finer], 1)
-        errors = _errors(rows, weights, shares * whole, spec)
-    low, high = (shares * whole).take_along_dim(errors.argmin(1)[:, None, None], 1).unbind(-1)
+        found = errors(shares * whole)
+    low, high = (shares * whole).take_along_dim(found.argmin(1)[:, None, None], 1).unbind(-1)
     return low.squeeze(1), high.squeeze(1)
 
 
@@ -183,8 +266,11 @@ def _pairs(values: Tensor, whole: Tensor, symmetric: bool) -> Tensor:
     return torch.cartesian_prod(values, values)
 
 
-def _errors(rows: Tensor, weights: Tensor | None, ranges: Tensor, spec: QuantSpec) -> Tensor:
-    """Squared error of each row, shape ``(R, P)``, in each of its ``M`` ranges, shape ``(R, M, 2)``: ``(R, M)``."""
+def _errors(rows: Tensor, weights: Tensor | None, spec: QuantSpec, ranges: Tensor) -> Tensor:
+    """Squared error of each row, shape ``(R, P)``, in each of its ``M`` ranges, shape ``(R, M, 2)``: ``(R, M)``.
+
+    ``weights``, shape ``(P,)``, says how often each value counts; ``None``: once.
+    """
     spec = replace(spec, granularity=Granularity.PER_CHANNEL, group_size=None)
     if rows.shape[0] == 1:
         # One row in many ranges: as many channels with the same values, some at a time.
