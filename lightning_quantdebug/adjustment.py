@@ -32,24 +32,29 @@ HAS_BIAS = frozenset(PARAMETERS) - {"rms_norm"}
 class Adjustment:
     """What remedies change of one operation besides its quantizers; all ``None``: nothing.
 
+    With ``W`` and ``b`` the weight and bias after folding, the operation computes in FP32 with ``W * weight_scale`` and
+    ``b * bias_scale + bias_offset``: together with the operations around it that is the function that the network
+    always had. Only while the weight's quantizer is on, ``weight_correction`` and ``bias_correction`` are added: they
+    make up for what quantization does, and would be wrong without it.
+
     Attributes:
-        weight_scale: Broadcastable to the weight. The effective weight is ``W * weight_scale + weight_offset``, with
-            ``W`` the weight after folding. Of a normalization the weight is gamma; of a multiplication or an addition
-            of a parameter it is that parameter.
-        weight_offset: Of the weight's shape.
-        bias_scale: ``(C_out,)``. The effective bias is ``b * bias_scale + bias_offset``.
-        bias_offset: ``(C_out,)``; it is the bias where the operation has none.
+        weight_scale: Broadcastable to the weight. Of a normalization the weight is gamma; of a multiplication or an
+            addition of a parameter it is that parameter.
+        weight_correction: Of the weight's shape: puts it on the grid of its quantizer, whose encoding is frozen
+            (AdaRound).
+        bias_scale: ``(C_out,)``.
+        bias_offset: ``(C_out,)``; it is the bias where the operation has none (high-bias absorption).
+        bias_correction: ``(C_out,)``; likewise (bias correction).
         bounds_scale: Of a clipped activation (``relu6``, ``hardtanh``, ``clamp`` with numbers), whose bounds are
             multiplied by it; broadcastable to its output, such as ``(C, 1, 1)``.
-        rounded: Whether ``weight_offset`` puts the weight on the grid of its quantizer, whose encoding is frozen.
     """
 
     weight_scale: Tensor | None = None
-    weight_offset: Tensor | None = None
+    weight_correction: Tensor | None = None
     bias_scale: Tensor | None = None
     bias_offset: Tensor | None = None
+    bias_correction: Tensor | None = None
     bounds_scale: Tensor | None = None
-    rounded: bool = False
 
     def then(self, later: Adjustment) -> Adjustment:
         """The adjustment that does what this one does and then what ``later`` does.
@@ -57,40 +62,49 @@ class Adjustment:
         Examples:
             >>> one = Adjustment(bias_scale=torch.tensor([2.0]), bias_offset=torch.tensor([1.0]))
             >>> both = one.then(Adjustment(bias_scale=torch.tensor([3.0])))
-            >>> both.bias(torch.tensor([10.0]))  # (10 * 2 + 1) * 3
+            >>> both.bias(torch.tensor([10.0]), corrected=False)  # (10 * 2 + 1) * 3
             tensor([63.])
         """
         return Adjustment(
             weight_scale=_product(self.weight_scale, later.weight_scale),
-            weight_offset=_sum(_product_of_offset(self.weight_offset, later.weight_scale), later.weight_offset),
+            weight_correction=_sum(_scaled(self.weight_correction, later.weight_scale), later.weight_correction),
             bias_scale=_product(self.bias_scale, later.bias_scale),
-            bias_offset=_sum(_product_of_offset(self.bias_offset, later.bias_scale), later.bias_offset),
+            bias_offset=_sum(_scaled(self.bias_offset, later.bias_scale), later.bias_offset),
+            bias_correction=_sum(_scaled(self.bias_correction, later.bias_scale), later.bias_correction),
             bounds_scale=_product(self.bounds_scale, later.bounds_scale),
-            rounded=later.rounded or (self.rounded and later.weight_scale is None and later.weight_offset is None),
         )
 
-    def weight(self, weight: Tensor) -> Tensor:
+    def weight(self, weight: Tensor, corrected: bool = False) -> Tensor:
         """The effective weight, in the dtype and shape of ``weight``."""
-        return _affine(weight, self.weight_scale, self.weight_offset)
+        return _affine(weight, self.weight_scale, self.weight_correction if corrected else None)
 
-    def bias(self, bias: Tensor | None) -> Tensor | None:
-        """The effective bias; ``None`` where there is neither a bias nor an offset."""
-        if bias is None:
-            return self.bias_offset
-        return _affine(bias, self.bias_scale, self.bias_offset)
+    def bias(self, bias: Tensor | None, corrected: bool = False) -> Tensor | None:
+        """The effective bias; ``None`` where there is neither a bias nor anything to add."""
+        offset = _sum(self.bias_offset, self.bias_correction if corrected else None)
+        return offset if bias is None else _affine(bias, self.bias_scale, offset)
 
-    def to(self, device: torch.device) -> Adjustment:
-        """The same adjustment with its tensors on ``device``; itself if they are there."""
-        tensors = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "rounded"}
-        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        if all(tensor.device == device for tensor in present.values()):
-            return self
-        return replace(self, **{name: tensor.to(device) for name, tensor in present.items()})
+    @property
+    def rounded(self) -> bool:
+        """Whether the rounding of the weight was learned for the encoding that it has."""
+        return self.weight_correction is not None
+
+    @property
+    def rescales(self) -> bool:
+        """Whether the operation computes with another weight or bias also in FP32."""
+        return any(part is not None for part in (self.weight_scale, self.bias_scale, self.bias_offset))
 
     @property
     def moves_bias(self) -> bool:
         """Whether the operation gets another bias."""
-        return self.bias_scale is not None or self.bias_offset is not None
+        return any(part is not None for part in (self.bias_scale, self.bias_offset, self.bias_correction))
+
+    def to(self, device: torch.device) -> Adjustment:
+        """The same adjustment with its tensors on ``device``; itself if they are there."""
+        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
+        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        if all(tensor.device == device for tensor in present.values()):
+            return self
+        return replace(self, **{name: tensor.to(device) for name, tensor in present.items()})
 
 
 @dataclass(frozen=True)
@@ -165,7 +179,7 @@ def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one * other
 
 
-def _product_of_offset(offset: Tensor | None, scale: Tensor | None) -> Tensor | None:
+def _scaled(offset: Tensor | None, scale: Tensor | None) -> Tensor | None:
     """A scaled offset, ``None`` standing for the offset 0."""
     return offset if offset is None or scale is None else offset * scale
 

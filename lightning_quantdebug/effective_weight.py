@@ -86,13 +86,14 @@ class EffectiveWeights:
         """Whether the batch normalization of a weight is a part of it now, and does nothing itself."""
         if spot.fold is None:
             return False
-        if spot.adjustment is not None:
+        if spot.adjustment is not None and spot.adjustment.rescales:
             return True
         return (is_on(spot.quantizer) or self.folds_always) and not self._keeps_norm(spot)
 
     def changes(self, spot: WeightPlace) -> bool:
         """Whether the operation gets another weight than its own now."""
-        return is_on(spot.quantizer) or spot.adjustment is not None or self.is_folded(spot)
+        rescales = spot.adjustment is not None and spot.adjustment.rescales
+        return is_on(spot.quantizer) or rescales or self.is_folded(spot)
 
     def observe(self, spot: WeightPlace, weight: Tensor, bias: Tensor | None) -> None:
         """Let the quantizer see the weight, once for as long as it does not change."""
@@ -147,11 +148,13 @@ class EffectiveWeights:
         if spot.adjustment is None:
             return weight, bias
         spot.adjustment = spot.adjustment.to(weight.device)
-        return spot.adjustment.weight(weight), spot.adjustment.bias(bias)
+        on = is_on(spot.quantizer)
+        return spot.adjustment.weight(weight, corrected=on), spot.adjustment.bias(bias, corrected=on)
 
     def _keeps_norm(self, spot: WeightPlace) -> bool:
         """Whether the normalization trains and therefore stays."""
-        return spot.adjustment is None and self._is_training(spot.fold)
+        rescales = spot.adjustment is not None and spot.adjustment.rescales
+        return not rescales and self._is_training(spot.fold)
 
     def _is_training(self, fold: BatchNormFold | None) -> bool:
         """Whether the normalization computes the statistics of its batch now."""
