@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_quantdebug.adjustment import Adjustment
-from lightning_quantdebug.instrument import Instrumentation
+from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.interception import OpKey, clean_path
 from lightning_quantdebug.normal_moments import Moments, clipped_moments, leaky_moments
 from lightning_quantdebug.operations import Category, clip_bounds
@@ -161,7 +161,11 @@ class BatchNormStatistics:
         return self._tensors[name]
 
     def _sum(self, operation: Operation) -> ChannelStatistics:
-        """The sum of two tensors, as if they were independent."""
+        """The sum of two tensors, as if they were independent and their sum normal.
+
+        Measured on a trained residual network with 3 blocks: the mean behind the ReLU is off by 5 to 25 %, so that most
+        of the mean error can be corrected there too.
+        """
         values = [value for _, value in operation.data_inputs]
         if len(operation.inputs) != 2 or len(values) != 2 or "alpha" in operation.arguments:
             raise UnknownStatisticsError(f"{operation.name} adds something of which nothing is known")

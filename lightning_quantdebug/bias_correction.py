@@ -4,99 +4,29 @@ Rounding a weight moves every product with its input the same way, so that the e
 that does not vanish over samples: ``E[y_hat - y] = (W_hat - W) E[x]`` (Nagel et al. 2019, Data-Free Quantization,
 section 4.2; Finkelstein et al. 2019, Fighting Quantization Bias With Bias). A bias holds one number per channel and
 costs nothing to change. :func:`correct_bias` measures that mean on calibration data, :func:`correct_bias_analytically`
-computes it from batch normalizations without data.
-
-Both must run once: a second run would count what the first has corrected as a property of the FP32 network.
+computes it from batch normalizations without data. What they take from a bias is taken while the weight is quantized
+and only then, so that the FP32 network stays what it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_quantdebug.adjustment import HAS_BIAS, Adjustment, Applied, argument, put_argument
+from lightning_quantdebug.adjustment import HAS_BIAS, Adjustment, Applied, put_argument
 from lightning_quantdebug.batchnorm_statistics import BatchNormStatistics, UnknownStatisticsError
-from lightning_quantdebug.instrument import Instrumentation
+from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.interception import OpKey
-from lightning_quantdebug.layers import Call, Layer, Runs, Tap
+from lightning_quantdebug.layers import Call, Runs, Tap
+from lightning_quantdebug.mean_error import BiasError, measure, measure_corrected
 from lightning_quantdebug.operations import value_at, with_argument
 from lightning_quantdebug.report import Cause, Finding
 from lightning_quantdebug.target import Mode
 from lightning_quantdebug.topology import Operation
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """Float64 sums over everything but the channels of results: values ``(C,)``, squares, elements of a channel."""
-
-    values: Tensor
-    squares: Tensor
-    count: int
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of each channel."""
-        return self.values / self.count
-
-    def plus(self, others: Iterable[_Sums]) -> _Sums:
-        """The sums over these and other results."""
-        total = self
-        for other in others:
-            total = _Sums(total.values + other.values, total.squares + other.squares, total.count + other.count)
-        return total
-
-
-_Shown = dict[OpKey, list[_Sums]]
-
-
-@dataclass
-class _Bias:
-    """One bias, the layers that have it, and what was measured of them.
-
-    Attributes:
-        layers: More than one where a module is called several times.
-        batches: Numbers of the batches that count.
-        exact: Of the FP32 results.
-        rounded: Of the quantized results with everything ahead corrected.
-        before: Of the quantized results without any correction.
-        after: Of the quantized results with all corrections.
-        non_finite: How many batches were left out as they gave NaN or infinity.
-        unmatched: How many were left out as FP32 and quantized network ran the layer differently.
-    """
-
-    layers: list[Layer]
-    batches: set[int] = field(default_factory=set)
-    exact: _Sums | None = None
-    rounded: _Sums | None = None
-    before: _Sums | None = None
-    after: _Sums | None = None
-    non_finite: int = 0
-    unmatched: int = 0
-
-    @property
-    def name(self) -> str:
-        """The name of the first layer."""
-        return self.layers[0].name
-
-    @property
-    def correction(self) -> Tensor:
-        """``E[y_hat - y]`` of each channel, ``(C,)``."""
-        assert self.exact is not None
-        assert self.rounded is not None
-        return self.rounded.mean - self.exact.mean
-
-    def error_share(self, quantized: _Sums | None) -> float | None:
-        """Root mean square over channels of the mean error, relative to that of the FP32 result; ``None``: unknown."""
-        exact = self.exact
-        if exact is None or quantized is None or quantized.count != exact.count or not bool(exact.squares > 0):
-            return None
-        mean_square = exact.squares / (exact.count * exact.values.numel())
-        return float(((quantized.mean - exact.mean).square().mean() / mean_square).sqrt())
 
 
 def correct_bias(session: Instrumentation, runs: Runs) -> Applied:
@@ -124,8 +54,14 @@ def correct_bias(session: Instrumentation, runs: Runs) -> Applied:
         What was changed. The note has the root mean square of the mean errors over channels, relative to that of the
         layer's result, for the median layer.
 
-    Raises:
-        SettingsError: If the session was not calibrated.
+    Examples:
+        >>> from torch import nn
+        >>> from lightning_quantdebug.instrument import batch_runs, instrument
+        >>> model, batch = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.rand(8, 3)
+        >>> with instrument(model, batch, "w4a8_per_tensor") as q:
+        ...     q.calibrate([batch])
+        ...     correct_bias(q, batch_runs(q, [batch])).changed
+        ('0', '2')
     """
     biases, skipped = _biases(session)
     if not biases:
@@ -134,14 +70,14 @@ def correct_bias(session: Instrumentation, runs: Runs) -> Applied:
 
     def visit(run: Callable[[], Any], index: int) -> None:
         numbers.append(index)
-        _measure(session, biases, run, index)
+        measure(session, biases, run, index)
 
     runs(visit)
     corrected = [bias for bias in biases if bias.batches]
     skipped += [(layer.name, _why_not(bias)) for bias in biases if not bias.batches for layer in bias.layers]
     for bias in corrected:
         _adjust(session, bias, bias.correction)
-    runs(lambda run, index: _measure_again(session, corrected, run, index))
+    runs(lambda run, index: measure_corrected(session, corrected, run, index))
     return Applied(
         changed=tuple(layer.name for bias in corrected for layer in bias.layers),
         skipped=tuple(skipped),
@@ -150,20 +86,23 @@ def correct_bias(session: Instrumentation, runs: Runs) -> Applied:
     )
 
 
-def _biases(session: Instrumentation) -> tuple[list[_Bias], list[tuple[str, str]]]:
+def _biases(session: Instrumentation) -> tuple[list[BiasError], list[tuple[str, str]]]:
     """The biases of a network in order of execution, and the layers that have none."""
     operations = _operations(session)
-    found: dict[tuple[str, str], _Bias] = {}
+    found: dict[tuple[str, str], BiasError] = {}
     skipped: dict[str, str] = {}
     for layer in session.layers:
         if layer.op not in HAS_BIAS:
             skipped[layer.name] = f"{layer.op} takes no bias"
             continue
+        if not layer.quantizer.is_calibrated:
+            skipped[layer.name] = "its weight has no range and stays in FP32"
+            continue
         inputs = dict(operations[layer.key][0].inputs)
         given = inputs.get((2,)) or inputs.get(("bias",))
         # Without a bias of its own a module will get one; the same weight in two modules may get two.
         own = given.name if given is not None and given.name else layer.key.path
-        found.setdefault((layer.quantizer.name, own), _Bias([])).layers.append(layer)
+        found.setdefault((layer.quantizer.name, own), BiasError([])).layers.append(layer)
     return list(found.values()), list(skipped.items())
 
 
@@ -176,129 +115,12 @@ def _operations(session: Instrumentation) -> dict[OpKey, list[Operation]]:
     return found
 
 
-def _channel_axis(call: Call) -> int:
-    """The axis of the channels of a layer's result: the last of a linear layer, else that ahead of the positions."""
-    weight = argument(call.args, call.kwargs, 1, "weight")
-    return -1 if weight.ndim == 2 else 1 - weight.ndim
-
-
-def _sums(call: Call) -> _Sums:
-    """The sums of a layer's result."""
-    result = call.result.detach()
-    others = [axis for axis in range(result.ndim) if axis != _channel_axis(call) % result.ndim]
-    values = result.sum(others, dtype=torch.float64) if others else result.double()
-    squares = torch.linalg.vector_norm(result, dtype=torch.float64).square()
-    return _Sums(values, squares, result.numel() // max(1, values.numel()))
-
-
-def _shift(call: Call, by: Tensor) -> Tensor:
-    """A layer's result minus one number for each channel."""
-    shape = [1] * call.result.ndim
-    shape[_channel_axis(call)] = -1
-    shifted: Tensor = call.result - by.view(shape).to(call.result.dtype)
-    return shifted
-
-
-def _keep(shown: _Shown, key: OpKey) -> Tap:
-    """A tap that keeps the sums of every run of a layer."""
-
-    def tap(call: Call) -> None:
-        shown.setdefault(key, []).append(_sums(call))
-
-    return tap
-
-
-def _keep_and_correct(shown: _Shown, key: OpKey, reference: Sequence[_Sums]) -> Tap:
-    """A tap that keeps the sums as they are, and gives the result the mean that it has in FP32."""
-
-    def tap(call: Call) -> Tensor | None:
-        runs = shown.setdefault(key, [])
-        found = _sums(call)
-        runs.append(found)
-        if len(runs) > len(reference) or not _are_alike(found, reference[len(runs) - 1]):
-            return None
-        by = found.mean - reference[len(runs) - 1].mean
-        return _shift(call, by) if bool(by.isfinite().all()) else None
-
-    return tap
-
-
-def _are_alike(one: _Sums, other: _Sums) -> bool:
-    """Whether two results have the same size."""
-    return one.count == other.count and one.values.shape == other.values.shape
-
-
-def _shown(session: Instrumentation, biases: Iterable[_Bias], run: Callable[[], Any]) -> _Shown:
-    """The sums of every layer in one run."""
-    shown: _Shown = {}
-    with session.tapped({layer.key: _keep(shown, layer.key) for bias in biases for layer in bias.layers}):
-        run()
-    return shown
-
-
-def _measure(session: Instrumentation, biases: list[_Bias], run: Callable[[], Any], index: int) -> None:
-    """Take one batch into account: in FP32, quantized as it is, and quantized with each layer put right."""
-    with session.reference():
-        reference = _shown(session, biases, run)
-    corrected: _Shown = {}
-    taps = {
-        layer.key: _keep_and_correct(corrected, layer.key, reference.get(layer.key, ()))
-        for bias in biases
-        for layer in bias.layers
-    }
-    with session.modes(Mode.QUANTIZE):
-        before = _shown(session, biases, run)
-        with session.tapped(taps):
-            run()
-    for bias in biases:
-        _take_in(bias, reference, before, corrected, index)
-
-
-def _take_in(bias: _Bias, reference: _Shown, before: _Shown, corrected: _Shown, index: int) -> None:
-    """Add one batch to a bias, unless it is of no use."""
-    exact, rounded, uncorrected = (_of(bias, shown) for shown in (reference, corrected, before))
-    if not any(sums.count for sums in (*exact, *rounded)):
-        return
-    if len(exact) != len(rounded) or not all(map(_are_alike, exact, rounded)):
-        bias.unmatched += 1
-        return
-    if not all(bool(sums.squares.isfinite()) for sums in (*exact, *rounded)):
-        bias.non_finite += 1
-        return
-    bias.batches.add(index)
-    bias.exact = _added(bias.exact, exact)
-    bias.rounded = _added(bias.rounded, rounded)
-    bias.before = _added(bias.before, uncorrected)
-
-
-def _of(bias: _Bias, shown: _Shown) -> list[_Sums]:
-    """The sums of all layers of a bias."""
-    return [sums for layer in bias.layers for sums in shown.get(layer.key, ())]
-
-
-def _added(total: _Sums | None, more: list[_Sums]) -> _Sums | None:
-    """The sums over earlier and later results."""
-    if not more:
-        return total
-    return more[0].plus(more[1:]) if total is None else total.plus(more)
-
-
-def _measure_again(session: Instrumentation, biases: list[_Bias], run: Callable[[], Any], index: int) -> None:
-    """Take one batch into account that runs with all corrections."""
-    with session.modes(Mode.QUANTIZE):
-        shown = _shown(session, biases, run)
-    for bias in biases:
-        if index in bias.batches:
-            bias.after = _added(bias.after, _of(bias, shown))
-
-
-def _adjust(session: Instrumentation, bias: _Bias, by: Tensor) -> None:
+def _adjust(session: Instrumentation, bias: BiasError, by: Tensor) -> None:
     """Take a number for each channel from one bias, wherever it is used."""
-    offset = -by.float()
-    session.adjust({layer.key: Adjustment(bias_offset=offset) for layer in bias.layers})
+    session.adjust({layer.key: Adjustment(bias_correction=-by.float()) for layer in bias.layers})
 
 
-def _why_not(bias: _Bias) -> str:
+def _why_not(bias: BiasError) -> str:
     """Why a bias has no correction."""
     if bias.non_finite:
         return "every calibration batch that reached it gave NaN or infinity"
@@ -307,7 +129,7 @@ def _why_not(bias: _Bias) -> str:
     return "no calibration batch reached it"
 
 
-def _note(biases: list[_Bias], batches: int) -> str:
+def _note(biases: list[BiasError], batches: int) -> str:
     """What was measured, in one sentence."""
     shares = [(bias.error_share(bias.before), bias.error_share(bias.after)) for bias in biases]
     known = [(one, other) for one, other in shares if one is not None and other is not None]
@@ -321,7 +143,7 @@ def _note(biases: list[_Bias], batches: int) -> str:
     )
 
 
-def _findings(biases: list[_Bias], batches: int) -> tuple[Finding, ...]:
+def _findings(biases: list[BiasError], batches: int) -> tuple[Finding, ...]:
     """The first layer where NaN or infinity came up."""
     hit = [bias for bias in biases if bias.non_finite]
     if not hit:
@@ -346,7 +168,7 @@ def correct_bias_analytically(session: Instrumentation, runs: Runs) -> Applied:
     with the error of its weight, so that zero padding, stride, groups and transposition count exactly: at the border
     fewer taps see the input, and the mean over positions is lower than the sum over the kernel.
 
-    The error of activations is not corrected, as nothing is known of it.
+    The error of activations is not corrected, as nothing is known of it. An earlier correction is replaced.
 
     Args:
         session: The network, calibrated.
@@ -355,8 +177,16 @@ def correct_bias_analytically(session: Instrumentation, runs: Runs) -> Applied:
     Returns:
         What was changed, and for each other layer why its input is not known.
 
-    Raises:
-        SettingsError: If the session was not calibrated.
+    Examples:
+        >>> from torch import nn
+        >>> from lightning_quantdebug.instrument import batch_runs, instrument
+        >>> layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)
+        >>> model, batch = nn.Sequential(*layers).eval(), torch.rand(8, 1, 8, 8)
+        >>> with instrument(model, batch, "w4a8_per_tensor") as q:
+        ...     q.calibrate([batch])
+        ...     done = correct_bias_analytically(q, batch_runs(q, [batch]))
+        >>> done.changed, done.skipped
+        (('3',), (('0', 'no batch normalization is ahead of it, but input'),))
     """
     biases, skipped = _biases(session)
     statistics, operations = BatchNormStatistics(session), _operations(session)
@@ -365,8 +195,8 @@ def correct_bias_analytically(session: Instrumentation, runs: Runs) -> Applied:
     for bias in biases:
         try:
             inputs = {layer.key: _expected_input(statistics, operations[layer.key]) for layer in bias.layers}
-        except UnknownStatisticsError as error:
-            skipped += [(layer.name, str(error)) for layer in bias.layers]
+        except UnknownStatisticsError as why:
+            skipped += [(layer.name, str(why)) for layer in bias.layers]
             continue
         expected |= inputs
         known.append(bias)
@@ -374,7 +204,9 @@ def correct_bias_analytically(session: Instrumentation, runs: Runs) -> Applied:
     corrected = [bias for bias in known if all(layer.key in errors for layer in bias.layers)]
     skipped += [(layer.name, _why_not(bias)) for bias in known if bias not in corrected for layer in bias.layers]
     for bias in corrected:
-        _adjust(session, bias, torch.stack([errors[layer.key] for layer in bias.layers]).mean(0))
+        earlier = session.adjustments.get(bias.layers[0].key, Adjustment()).bias_correction
+        error = torch.stack([errors[layer.key] for layer in bias.layers]).mean(0)
+        _adjust(session, bias, error if earlier is None else error + earlier.to(error))
     changed = tuple(layer.name for bias in corrected for layer in bias.layers)
     largest = max((float(error.abs().max()) for error in errors.values()), default=0.0)
     note = f"{len(changed)} of {len(changed) + len(skipped)} layers have an input whose mean is known without data; "
