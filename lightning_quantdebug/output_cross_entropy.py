@@ -6,8 +6,8 @@ of their distributions (Nagel et al., 2021, section 3.1, "Cross entropy"):
 
     ``argmin_{range} H(softmax(v), softmax(v_hat(range)))``    ``H(p, q) = -sum_c p_c log q_c``, in nats
 
-with ``v`` the FP32 logits of one sample, ``v_hat`` the same on the grid, and the mean over samples. It is the divergence
-``KL(p || q)`` plus the entropy of ``p``, which no range changes. Labels are not needed.
+with ``v`` the FP32 logits of one sample, ``v_hat`` the same on the grid, and the mean over samples. It is the
+divergence ``KL(p || q)`` plus the entropy of ``p``, which no range changes. Labels are not needed.
 
 This needs whole rows of logits, which no histogram has: :class:`LogitRows` keeps a bounded sample of them.
 """
