@@ -315,7 +315,7 @@ def _reshaped(source: ChannelStatistics, before: Value, after: Value, operation:
     """The statistics behind a reshaping that keeps channels together."""
     samples, channels = before.shape[:2]
     size = prod(before.shape[2:])
-    if after.shape[0] == samples and len(after.shape) > 1:
+    if after.shape[0] == samples:
         if after.shape[1] == channels and prod(after.shape[2:]) == size:
             return source
         if after.shape[1:] == (channels * size,):
