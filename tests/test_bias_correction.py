@@ -1,0 +1,422 @@
+"""Bias correction against literal implementations in float64, planted biases, and networks of every kind."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_quantdebug.adjustment import Adjustment, Applied
+from lightning_quantdebug.bias_correction import correct_bias
+from lightning_quantdebug.instrument import instrument
+from lightning_quantdebug.instrumentation import Instrumentation
+from lightning_quantdebug.report import Cause
+from tests.mean_errors import (
+    W4,
+    analytic,
+    calibrate_on,
+    corrections,
+    empirical,
+    mean_errors,
+    off_grid,
+    quantized_in_numpy,
+    recorded_on,
+    results,
+    runs_of,
+)
+from tests.zoo import Branching, Reused, make
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.ReLU6(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 5),
+    )
+    model[1].running_mean.normal_(0, 0.3)
+    model[1].running_var.uniform_(0.5, 2)
+    model[1].weight.data.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def images(*counts: int, seed: int = 0, size: int = 6) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(count, 2, size, size, generator=generator) + 0.3 for count in counts]
+
+
+def test_a_planted_bias_is_removed() -> None:
+    model = nn.Sequential(nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 4))
+    for layer in (model[0], model[2]):
+        layer.weight.data = off_grid(layer.weight)
+    batches = [torch.rand(count, 16, generator=torch.Generator().manual_seed(count)) for count in (32, 32, 9)]
+    with instrument(model, batches[0], W4) as session:
+        session.calibrate(batches)
+        before = mean_errors(session, batches)
+        assert before["0"][1:] == pytest.approx(-0.04 * 16 * 0.5, rel=0.2)
+        done = empirical(session, batches)
+        after = mean_errors(session, batches)
+    assert done.changed == ("0", "2")
+    assert done.skipped == ()
+    for name in before:
+        assert np.abs(after[name]).max() < 0.01 * np.abs(before[name]).max()
+
+
+def test_it_is_the_formula_in_float64() -> None:
+    """The literal method, layer by layer, on plain matrices."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 8, bias=False), nn.ReLU(), nn.Linear(8, 3))
+    for name in ("0", "2", "4"):
+        layer = model[int(name)]
+        layer.weight.data = off_grid(layer.weight)
+    x = torch.rand(40, 12)
+    with instrument(model, x, W4) as session:
+        session.calibrate([x])
+        done = empirical(session, [x])
+        found = corrections(session)
+    exact = rounded = x.double().numpy()
+    for name in ("0", "2", "4"):
+        layer = model[int(name)]
+        bias = layer.bias.detach().double().numpy() if layer.bias is not None else 0.0
+        exact = exact @ layer.weight.detach().double().numpy().T + bias
+        rounded = rounded @ quantized_in_numpy(layer.weight).T + bias
+        error = (rounded - exact).mean(0)
+        np.testing.assert_allclose(found[name], -error, atol=2e-3 * np.abs(error).max())
+        assert np.abs(error).max() > 0.01
+        rounded = rounded - error
+        exact, rounded = np.maximum(exact, 0), np.maximum(rounded, 0)
+    assert done.changed == ("0", "2", "4")
+
+
+def one_after_the_other(session: Instrumentation, batches: list[Tensor]) -> None:
+    """The literal method with two runs through everything for each layer."""
+    for layer in session.layers:
+        error = torch.from_numpy(mean_errors(session, batches)[layer.name])
+        session.adjust({layer.key: Adjustment(bias_correction=-error.float())})
+
+
+@pytest.mark.parametrize("counts", [(24,), (8, 8, 8), (11, 4, 9)])
+def test_one_pass_gives_what_two_runs_for_each_layer_give(counts: tuple[int, ...]) -> None:
+    """Not exactly for several batches: there the input of a layer has the right mean in each batch, not in all."""
+    batches = images(*counts)
+    with instrument(small_net(), batches[0], "w4a8_per_tensor") as session:
+        session.calibrate(batches)
+        state = session.state()
+        one_after_the_other(session, batches)
+        slow = corrections(session)
+        session.restore(state)
+        empirical(session, batches)
+        fast = corrections(session)
+    assert list(fast) == list(slow) == ["0", "3", "7"]
+    for name in slow:
+        size = np.abs(slow[name]).max()
+        np.testing.assert_allclose(fast[name], slow[name], atol=(1e-5 if len(counts) == 1 else 0.03) * size)
+
+
+def test_the_mean_does_not_depend_on_how_data_is_split() -> None:
+    x = images(12)[0]
+    found = []
+    for splits in ([12], [5, 7], [1] * 12, [10, 2]):
+        with instrument(nn.Sequential(small_net()[0]), x, "w4a8_per_tensor") as session:
+            session.calibrate([x])
+            empirical(session, torch.split(x, splits))
+            found.append(corrections(session)["0"])
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-5, atol=1e-8)
+
+
+def test_every_token_counts_the_same() -> None:
+    torch.manual_seed(0)
+    batches = [torch.rand(2, 3, 8), torch.rand(3, 11, 8) + 1]
+    with instrument(nn.Sequential(nn.Linear(8, 5)), batches[0], W4) as session:
+        session.calibrate(batches)
+        expected = mean_errors(session, batches, axis=2)
+        empirical(session, batches)
+        np.testing.assert_allclose(corrections(session)["0"], -expected["0"], rtol=1e-4, atol=1e-7)
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (5, 4, 9)),
+    "conv2d without bias": (lambda: nn.Conv2d(4, 6, 3, stride=2, bias=False), (5, 4, 9, 9)),
+    "conv3d": (lambda: nn.Conv3d(4, 6, 2), (3, 4, 4, 4, 4)),
+    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (5, 4, 6, 6)),
+    "reflected": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (5, 4, 6, 6)),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2), (5, 4, 9)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), (5, 4, 5, 5)),
+    "transposed and grouped": (lambda: nn.ConvTranspose2d(4, 6, 2, groups=2, bias=False), (5, 4, 5, 5)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(4, 6, 2), (2, 4, 3, 3, 3)),
+    "without a batch": (lambda: nn.Conv2d(4, 6, 3), (4, 7, 7)),
+    "linear": (lambda: nn.Linear(4, 6), (7, 4)),
+    "linear without a batch": (lambda: nn.Linear(4, 6, bias=False), (4,)),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_layer_is_corrected(name: str) -> None:
+    torch.manual_seed(1)
+    make_layer, shape = KINDS[name]
+    model, x = nn.Sequential(make_layer()), torch.rand(shape)
+    axis = len(shape) - 1 if "linear" in name else (0 if "without a batch" in name else 1)
+    with instrument(model, x, W4) as session:
+        session.calibrate([x])
+        before = mean_errors(session, [x], axis)["0"]
+        assert empirical(session, [x]).changed == ("0",)
+        after = mean_errors(session, [x], axis)["0"]
+        np.testing.assert_allclose(corrections(session)["0"], -before, rtol=1e-4, atol=1e-6)
+    assert after.shape == (6,)
+    assert np.abs(before).max() > 1e-3
+    assert np.abs(after).max() < 1e-5
+
+
+def test_a_second_time_there_is_nothing_left_to_correct() -> None:
+    batches = images(16)
+    with instrument(small_net(), batches[0], "w4a8_per_tensor") as session:
+        session.calibrate(batches)
+        empirical(session, batches)
+        first = corrections(session)
+        empirical(session, batches)
+        for name, second in corrections(session).items():
+            np.testing.assert_allclose(second, first[name], atol=1e-5)
+
+
+def test_neither_the_model_nor_its_fp32_function_changes() -> None:
+    batches = images(6, 3)
+    model = small_net()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plain = model(batches[0])
+    with instrument(model, batches[0], "w4a8_per_tensor") as session:
+        session.calibrate(batches)
+        exact = results(session, batches, False)
+        encodings = {name: q.encoding for name, q in session.quantizers.items()}
+        for correct in (empirical, analytic):
+            state = session.state()
+            correct(session, batches)
+            for name, arrays in results(session, batches, False).items():
+                for one, other in zip(arrays, exact[name], strict=True):
+                    np.testing.assert_array_equal(one, other)
+            for adjustment in session.adjustments.values():
+                assert adjustment.bias_correction is not None
+                assert adjustment.weight_scale is adjustment.bias_offset is adjustment.bias_scale is None
+            assert torch.equal(model(batches[0]), plain)
+            assert all(q.encoding is encodings[name] for name, q in session.quantizers.items())
+            assert all(q.mode.value == "bypass" for q in session.quantizers.values())
+            session.restore(state)
+            assert session.adjustments == {}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_module_that_is_called_three_times_has_one_bias() -> None:
+    torch.manual_seed(0)
+    model, x = Reused(), torch.rand(20, 8)
+    model.layer.weight.data = off_grid(model.layer.weight)
+    with instrument(model, x, W4) as session:
+        session.calibrate([x])
+        done = empirical(session, [x])
+        found = corrections(session)
+    exact = rounded = x.double().numpy()
+    errors = []
+    for _ in range(3):
+        bias = model.layer.bias.detach().double().numpy()
+        exact = exact @ model.layer.weight.detach().double().numpy().T + bias
+        rounded = rounded @ quantized_in_numpy(model.layer.weight).T + bias
+        errors.append((rounded - exact).mean(0))
+        exact, rounded = np.maximum(exact, 0), np.maximum(rounded - errors[-1], 0)
+    assert done.changed == ("layer", "layer@1", "layer@2")
+    for correction in found.values():
+        np.testing.assert_allclose(correction, -np.mean(errors, axis=0), atol=1e-3)
+    assert np.ptp(errors, axis=0).max() > 0.05
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, each with its own bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.other.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(F.relu(self.one(x)) * 5)
+
+
+def test_a_tied_weight_may_have_two_biases() -> None:
+    torch.manual_seed(0)
+    model, x = Tied(), torch.rand(30, 6)
+    with instrument(model, x, W4) as session:
+        session.calibrate([x])
+        before = mean_errors(session, [x])
+        empirical(session, [x])
+        after, found = mean_errors(session, [x]), corrections(session)
+    assert not np.allclose(found["one"], found["other"], atol=1e-3)
+    for name in before:
+        assert np.abs(after[name]).max() < 1e-3 * np.abs(before[name]).max()
+
+
+def test_a_loop_of_any_length_has_one_correction() -> None:
+    torch.manual_seed(0)
+    long, short = torch.full((2, 8), 3.0) + torch.rand(2, 8), torch.full((2, 8), 0.01)
+    session = recorded_on(Branching(), W4, long, short)
+    cell = next(layer for layer in session.layers if layer.name.startswith("cell"))
+    assert cell.key.call is None
+    calibrate_on(session, long, short)
+    done = correct_bias(session, runs_of(session, long, short))
+    assert sorted(done.changed) == ["a", "cell", "head"]
+    assert set(corrections(session)) == {"a", "cell", "head"}
+
+
+def test_batches_with_nan_are_left_out_and_told_of() -> None:
+    clean = images(6, 5, 7)
+    spoilt = clean[1].clone()
+    spoilt[2, 0, 1, 1] = math.nan
+    found = []
+    for batches in ([clean[0], spoilt, clean[2]], [clean[0], clean[2]]):
+        with instrument(small_net(), clean[0], "w4a8_per_tensor") as session:
+            session.calibrate(clean)
+            done = empirical(session, batches)
+            found.append((done, corrections(session)))
+    (with_nan, spoilt_corrections), (without, clean_corrections) = found
+    for name in clean_corrections:
+        np.testing.assert_array_equal(spoilt_corrections[name], clean_corrections[name])
+    assert without.findings == ()
+    assert [finding.cause for finding in with_nan.findings] == [Cause.NON_FINITE]
+    assert with_nan.findings[0].evidence == (
+        "1 of 3 calibration batches gave NaN or infinity at 0 and 2 more; bias correction left them out there."
+    )
+    assert with_nan.findings[0].quantizer == "0.weight"
+
+
+def test_where_every_batch_is_nan_nothing_is_corrected() -> None:
+    clean = images(6)
+    with instrument(nn.Sequential(nn.Flatten(), nn.Linear(72, 3)), clean[0], W4) as session:
+        session.calibrate(clean)
+        done = empirical(session, [torch.full((2, 2, 6, 6), math.inf)])
+        assert session.adjustments == {}
+    assert done.changed == ()
+    assert done.note == ""
+    assert done.skipped == (("1", "every calibration batch that reached it gave NaN or infinity"),)
+    assert "at 1; bias correction" in done.findings[0].evidence
+
+
+def test_layers_that_are_not_reached_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    up, down = torch.rand(4, 8), -torch.rand(4, 8)
+    session = recorded_on(Branching(), W4, up, down)
+    calibrate_on(session, up, down)
+    state = session.state()
+    done = correct_bias(session, runs_of(session, up))
+    assert ("b", "no calibration batch reached it") in done.skipped
+    assert "a" in done.changed
+    session.restore(state)
+    calibrate_on(session, up)
+    done = correct_bias(session, runs_of(session, up, down))
+    assert ("b", "its weight has no range and stays in FP32") in done.skipped
+
+
+class Deciding(nn.Module):
+    """Goes round a second time if the first layer gives more than a threshold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.threshold = -math.inf
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        rounds = 1 + int(float(x.detach().max()) > self.threshold)
+        for _ in range(rounds):
+            x = self.again(x)
+        return x
+
+
+def test_a_layer_that_runs_otherwise_when_quantized_is_left_alone() -> None:
+    torch.manual_seed(0)
+    model, x = Deciding(), torch.rand(9, 4)
+    with instrument(model, x, "w2a8_per_tensor") as session:
+        session.calibrate([x])
+        exact, rounded = (results(session, [x], quantized)["first"][0].max() for quantized in (False, True))
+        # The correction of the first layer brings its mean back, not its maximum.
+        shift = mean_errors(session, [x])["first"]
+        rounded = (results(session, [x], True)["first"][0] - shift).max()
+        assert abs(exact - rounded) > 0.01
+        model.threshold = float(exact + rounded) / 2
+        done = empirical(session, [x])
+    assert done.changed == ("first",)
+    assert {reason for _, reason in done.skipped} == {
+        "the quantized network runs it on other data than the FP32 network"
+    }
+
+
+def test_dicts_embeddings_and_attention() -> None:
+    model, batch = make("bert")
+    with instrument(model, batch, "w4a8_per_tensor") as session:
+        session.calibrate([batch])
+        done = empirical(session, [batch])
+    assert set(done.changed) == {"query", "key", "value", "output", "decoder"}
+    assert ("words", "embedding takes no bias") in done.skipped
+
+
+def test_products_and_recurrent_layers_take_no_bias() -> None:
+    model, batch = make("functional")
+    with instrument(model, batch, "w4a8_per_tensor") as session:
+        session.calibrate([batch])
+        done = empirical(session, [batch])
+    assert done.changed == ("conv2d",)
+    assert done.skipped == (("matmul", "matmul takes no bias"),)
+    model, batch = make("lstm")
+    with instrument(model, batch, "w4a8_per_tensor") as session:
+        session.calibrate([batch])
+        done = empirical(session, [batch])
+    assert done.changed == ("fc",)
+    assert dict(done.skipped)["lstm"] == "lstm takes no bias"
+
+
+def test_without_a_layer_that_takes_a_bias_nothing_runs() -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.rand(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.matrix
+
+    with instrument(Product(), torch.rand(2, 4)) as session:
+        session.calibrate([torch.rand(2, 4)])
+        done = correct_bias(session, lambda visit: pytest.fail("it ran"))
+    assert done == Applied(skipped=(("matmul", "matmul takes no bias"),))
+
+
+@pytest.mark.parametrize("name", ["mobilenet", "resnet", "inception", "vision_transformer", "weight_norm"])
+def test_the_error_falls_on_networks_of_every_family(name: str) -> None:
+    model, batch = make(name)
+    with instrument(model, batch, "w4a8_per_tensor") as session:
+        session.calibrate([batch])
+        note = empirical(session, [batch]).note
+    before, after = (float(share) for share in re.findall(r"([\d.]+)%", note))
+    assert after < 0.05 * before
+
+
+def test_the_note_has_the_numbers() -> None:
+    torch.manual_seed(0)
+    batches = list(torch.rand(20, 16).split([12, 8]))
+    with instrument(nn.Sequential(nn.Linear(16, 6)), batches[0], "w3a8_per_tensor") as session:
+        session.calibrate(batches)
+        exact = np.concatenate(results(session, batches, False)["0"])
+        before = mean_errors(session, batches)["0"]
+        note = empirical(session, batches).note
+        after = mean_errors(session, batches)["0"]
+    shares = [np.sqrt((error**2).mean() / (exact**2).mean()) for error in (before, after)]
+    assert note == (
+        f"The mean error of the median layer went from {shares[0]:.2%} to {shares[1]:.2%} of its result (root mean "
+        "squares) on 2 calibration batches; it fell in 1 of 1 layers."
+    )
