@@ -47,7 +47,7 @@ def fold_batch_norm(
         shift = -mean.to(wide) * factor if beta is None else beta.to(wide) - mean.to(wide) * factor
         new_bias = _kernel_sums(weight.to(wide), shift, fold)
         new_bias = new_bias if bias is None else new_bias + bias.to(wide)
-        return _scale_inputs(weight.to(wide), factor, fold).to(weight.dtype), new_bias.to(weight.dtype)
+        return scale_inputs(weight.to(wide), factor, fold).to(weight.dtype), new_bias.to(weight.dtype)
     shift = -mean.to(wide) if bias is None else bias.to(wide) - mean.to(wide)
     new_bias = shift * factor + (beta.to(wide) if beta is not None else 0.0)
     scaled = scale_outputs(weight.to(wide), factor, fold)
@@ -70,13 +70,13 @@ def scale_outputs(weight: Tensor, factor: Tensor, fold: BatchNormFold) -> Tensor
     return scaled.reshape(weight.shape).to(weight.dtype)
 
 
-def _scale_inputs(weight: Tensor, factor: Tensor, fold: BatchNormFold) -> Tensor:
+def scale_inputs(weight: Tensor, factor: Tensor, fold: BatchNormFold) -> Tensor:
     """A weight ``(C_out, C_in / groups, *)`` with each input channel multiplied by its factor, ``(C_in,)``."""
     grouped = weight.reshape(fold.groups, -1, *weight.shape[1:])
     scaled = grouped * factor.reshape(fold.groups, 1, -1, *(1,) * (weight.ndim - 2))
-    return scaled.reshape(weight.shape)
+    return scaled.reshape(weight.shape).to(weight.dtype)
 
 
 def _kernel_sums(weight: Tensor, shift: Tensor, fold: BatchNormFold) -> Tensor:
     """What a constant ``(C_in,)`` at the input adds to each output channel, ``(C_out,)``."""
-    return _scale_inputs(weight, shift, fold).flatten(1).sum(1)
+    return scale_inputs(weight, shift, fold).flatten(1).sum(1)

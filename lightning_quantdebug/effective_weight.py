@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quantdebug.adjustment import Adjustment
-from lightning_quantdebug.batchnorm_folding import fold_batch_norm, norm_factor, scale_outputs
+from lightning_quantdebug.batchnorm_folding import fold_batch_norm, norm_factor, scale_inputs, scale_outputs
 from lightning_quantdebug.operations import Slot
 from lightning_quantdebug.plan import BatchNormFold
 from lightning_quantdebug.quantizer import Quantizer
@@ -131,16 +131,19 @@ class EffectiveWeights:
         quantized = spot.quantizer(effective) if is_on(spot.quantizer) else effective
         if spot.fold is None or not self._keeps_norm(spot):
             return quantized, effective_bias
-        if spot.fold.forward:
-            return quantized, bias
         _, variance, gamma, _ = self._norm_tensors(spot.fold)
         assert variance is not None
         factor = norm_factor(variance, gamma, spot.fold, quantized.dtype)
-        return scale_outputs(quantized, 1 / torch.where(factor == 0, 1.0, factor), spot.fold), bias
+        inverse = 1 / torch.where(factor == 0, 1.0, factor)
+        if not spot.fold.forward:
+            return scale_outputs(quantized, inverse, spot.fold), bias
+        # Of an input that gamma = 0 makes constant the folded weight keeps nothing, but its constant counts.
+        constant = scale_inputs(weight, (factor == 0).to(weight.dtype), spot.fold)
+        return scale_inputs(quantized, inverse, spot.fold) + constant, bias
 
     def _in_float(self, spot: WeightPlace, weight: Tensor, bias: Tensor | None) -> Parameters:
         """The weight and bias after folding and adjusting."""
-        if spot.fold is not None and not (spot.fold.forward and self._keeps_norm(spot)):
+        if spot.fold is not None:
             mean, variance, gamma, beta = self._norm_tensors(spot.fold)
             assert mean is not None
             assert variance is not None

@@ -272,9 +272,11 @@ class Fp32Check:
         return CUDA_NOISE if any(p.is_cuda for p in self.session.root.parameters()) else FLOAT_NOISE
 
     def _folded(self) -> frozenset[str]:
-        """Names of the operations that a batch normalization is folded into: their outputs are meant to differ."""
-        shared, folds = self.session.topology.shared_keys(), self.session.plan.folds
-        names = [operation.name for operation in self.session.topology if shared[operation.key] in folds]
+        """Names of the operations whose outputs folding is meant to change: the first of the two that become one."""
+        shared, plan = self.session.topology.shared_keys(), self.session.plan
+        first = {key for key, fold in plan.folds.items() if not fold.forward}
+        first |= {norm for norm, layer in plan.folded_into.items() if layer in plan.folds and plan.folds[layer].forward}
+        names = [operation.name for operation in self.session.topology if shared[operation.key] in first]
         return frozenset((*names, *(name.split("@")[0] for name in names)))
 
     def _amplified_noise(self, kept: OutputTrace) -> list[float]:

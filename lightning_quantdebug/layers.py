@@ -14,6 +14,7 @@ from lightning_quantdebug.plan import BatchNormFold, Plan
 from lightning_quantdebug.quantizer import Quantizer
 from lightning_quantdebug.target import Kind
 from lightning_quantdebug.topology import Operation, Topology
+from lightning_quantdebug.weight_placement import groups_of
 
 Visit = Callable[[Callable[[], Any], int], None]
 Runs = Callable[[Visit], None]
@@ -35,6 +36,7 @@ class Layer:
         op: Its canonical name, such as ``conv2d``.
         weight_slot: The argument that is the weight.
         quantizer: The weight's quantizer.
+        shape: The weight's shape.
         channel_axis: Axis of the weight's output channels whatever its granularity; ``None``: it has no single one.
         groups: Groups of a convolution, else 1.
         fold: The batch normalization that is folded into it.
@@ -46,6 +48,7 @@ class Layer:
     op: str
     weight_slot: Slot
     quantizer: Quantizer
+    shape: tuple[int, ...]
     channel_axis: int | None
     groups: int
     fold: BatchNormFold | None
@@ -97,6 +100,7 @@ def find_layers(topology: Topology, plan: Plan, quantizers: dict[str, Quantizer]
                     op=operation.op,
                     weight_slot=spot.slot,
                     quantizer=quantizers[site.name],
+                    shape=dict(operation.inputs)[spot.slot].shape,
                     channel_axis=site.axis,
                     groups=groups_of(operation),
                     fold=plan.folds.get(spot.key),
@@ -104,10 +108,3 @@ def find_layers(topology: Topology, plan: Plan, quantizers: dict[str, Quantizer]
                 )
             )
     return sorted(layers, key=lambda layer: order[layer.key])
-
-
-def groups_of(operation: Operation) -> int:
-    """The number of groups of a convolution, 1 for every other operation."""
-    if not operation.op.startswith("conv"):
-        return 1
-    return int(operation.arguments.get("groups", operation.arguments.get("6", 1)))

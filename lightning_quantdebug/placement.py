@@ -118,12 +118,17 @@ class _Placer:
             follower = self.flow.only_user(members[-1])
             if follower is None or follower.op not in stage or id(follower) in taken:
                 continue
-            if follower.category is Category.BATCH_NORM and self.keys[follower.key] not in self.result.folded_into:
+            if follower.category is Category.BATCH_NORM and not self._is_folded(follower, forward=False):
                 break
             if len(follower.data_inputs) > 1 and follower.category is Category.PIECEWISE_LINEAR:
                 break
             members.append(follower)
         return members
+
+    def _is_folded(self, norm: Operation, forward: bool) -> bool:
+        """Whether a batch normalization is folded into the layer behind it (``forward``) or ahead of it."""
+        layer = self.result.folded_into.get(self.keys[norm.key])
+        return layer is not None and self.result.folds[layer].forward is forward
 
     def _always_fused(self) -> set[OpKey]:
         """Identities that end no chain in any run; one that does in some run keeps its quantizer."""
@@ -157,7 +162,7 @@ class _Placer:
         name = self._name(operation)
         floating = [value for value in operation.outputs if value.floating and not value.constant]
         rule = self.rules.rule(operation.op, operation.category)
-        if not floating or operation.category in IGNORED:
+        if not floating or operation.category in IGNORED or self._is_folded(operation, forward=True):
             return
         if id(operation) in self.chain_end:
             if key in fused:

@@ -278,10 +278,17 @@ def _plain_arguments(func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
     plain: dict[str, Any] = {}
     for index, value in enumerate(args):
         name = names[index] if index < len(names) else str(index)
-        if isinstance(value, (bool, int, float, str)):
+        if _is_plain(value):
             plain[name] = value
-    plain.update({name: value for name, value in kwargs.items() if isinstance(value, (bool, int, float, str))})
+    plain.update({name: value for name, value in kwargs.items() if _is_plain(value)})
     return plain
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an argument is a number, a string, or several numbers such as a padding."""
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(item, int) for item in value)
+    return isinstance(value, (bool, int, float, str))
 
 
 def input_names(inputs: Any) -> dict[int, str]:

@@ -73,6 +73,9 @@ class WeightPlacer:
                 self._fold_all(name, uses)
             elif any(norm is not None for _, norm, _ in uses):
                 self._explain_unfolded(name, uses, len(folds))
+        for name, uses in users.items():
+            if name in self.sites and len(uses) == 1 and self.keys[uses[0][0].key] not in self.plan.folds:
+                self._fold_forward(name, uses[0][0])
 
     def _fold_all(self, name: str, uses: list[_Use]) -> None:
         """Fold the one batch normalization behind every use of a weight."""
@@ -82,6 +85,21 @@ class WeightPlacer:
             self.plan.folds[self.keys[operation.key]] = fold
             self.plan.folded_into[self.keys[norm.key]] = self.keys[operation.key]
             self.reasons[norm.name] = f"folded into {name}"
+
+    def _fold_forward(self, name: str, operation: Operation) -> None:
+        """Fold the batch normalization ahead of a layer without padding into it, where that is exact."""
+        ahead = next((value.producer for slot, value in operation.inputs if slot[0] in (0, "input")), None)
+        if ahead is None or ahead.category is not Category.BATCH_NORM or Category.BATCH_NORM not in self.rules.integer:
+            return
+        if self.keys[ahead.key] in self.plan.folded_into or self.flow.only_user(ahead) is not operation:
+            return
+        if "transpose" in operation.op or _pads(operation):
+            return
+        fold = self._fold(operation, ahead)
+        if fold is not None:
+            self.plan.folds[self.keys[operation.key]] = replace(fold, groups=groups_of(operation), forward=True)
+            self.plan.folded_into[self.keys[ahead.key]] = self.keys[operation.key]
+            self.reasons[ahead.name] = f"folded into {name}"
 
     def _explain_unfolded(self, name: str, uses: list[_Use], different: int) -> None:
         """Say why a batch normalization stays."""
@@ -122,7 +140,7 @@ class WeightPlacer:
             return
         if name not in self.sites:
             axis = _channel_axis(operation, slot, value)
-            spec = _fitting(self.target.weights, granularity, axis, value.shape)
+            spec = fitting_spec(self.target.weights, granularity, axis, value.shape)
             encoded = None if spec.granularity is Granularity.PER_TENSOR else axis
             self.sites[name] = Site(name, Kind.WEIGHT, spec, encoded, axis=axis)
             self.reasons.pop(name, None)
@@ -170,7 +188,7 @@ class WeightPlacer:
         assert mean is not None
         assert variance is not None
         eps = float(norm.arguments.get("eps", norm.arguments.get("7", 1e-5)))
-        groups = _groups(operation) if "transpose" in operation.op else 1
+        groups = groups_of(operation) if "transpose" in operation.op else 1
         out_axis = 1 if "transpose" in operation.op else 0
         return BatchNormFold(mean, variance, names["weight"], names["bias"], eps, out_axis, groups)
 
@@ -189,9 +207,19 @@ def _holds_weight(operation: Operation, slot: Slot, value: Value) -> bool:
     return slot[0] not in ("bias", "input") or operation.category is not Category.LINEAR
 
 
-def _groups(operation: Operation) -> int:
-    """The number of groups of a transposed convolution."""
+def groups_of(operation: Operation) -> int:
+    """The number of groups of a convolution, 1 for every other operation."""
+    if not operation.op.startswith("conv"):
+        return 1
     return int(operation.arguments.get("groups", operation.arguments.get("6", 1)))
+
+
+def _pads(operation: Operation) -> bool:
+    """Whether a convolution puts zeros around its input."""
+    padding = operation.arguments.get("padding", operation.arguments.get("4", 0))
+    if isinstance(padding, str):
+        return padding != "valid"
+    return padding != 0 and (isinstance(padding, int) or any(padding))
 
 
 def _channel_axis(operation: Operation, slot: Slot, weight: Value) -> int | None:
@@ -202,11 +230,11 @@ def _channel_axis(operation: Operation, slot: Slot, weight: Value) -> int | None
         right = slot[0] == (2 if operation.op in ("addmm", "addmv", "addbmm") else 1) or slot[0] in ("mat2", "other")
         return 1 if right else 0
     if "transpose" in operation.op:
-        return 1 if _groups(operation) == 1 else (0 if weight.shape[1] == 1 else None)
+        return 1 if groups_of(operation) == 1 else (0 if weight.shape[1] == 1 else None)
     return 0
 
 
-def _fitting(spec: QuantSpec, granularity: Granularity, axis: int | None, shape: tuple[int, ...]) -> QuantSpec:
+def fitting_spec(spec: QuantSpec, granularity: Granularity, axis: int | None, shape: tuple[int, ...]) -> QuantSpec:
     """The spec with the finest granularity that a weight of this shape allows, none finer than asked."""
     grouped = granularity is Granularity.PER_GROUP
     fits = spec.group_size is not None and len(shape) == 2 and axis == 0 and shape[1] % spec.group_size == 0
