@@ -22,7 +22,7 @@ from lightning_quantdebug.errors import CaptureError, SettingsError
 from lightning_quantdebug.interception import OpKey
 from lightning_quantdebug.layers import Call, Layer, Tap, find_layers
 from lightning_quantdebug.model_loan import call_with, eval_mode, undisturbed
-from lightning_quantdebug.operations import tensors_in, value_at
+from lightning_quantdebug.operations import CATEGORY_OF, Category, tensors_in, value_at
 from lightning_quantdebug.placement import place
 from lightning_quantdebug.plan import Plan
 from lightning_quantdebug.quantizer import Quantizer, QuantizerState, load_custom_quantizer
@@ -322,7 +322,10 @@ class Instrumentation:
         return False
 
     def effective_weights(self, run: Callable[[], Any]) -> dict[OpKey, tuple[Tensor, Tensor | None]]:
-        """FP32 weight and bias of every layer that one run reaches, after folding and adjusting."""
+        """FP32 weight and bias of every layer that one run reaches, after folding and adjusting.
+
+        Recurrent layers, which have several weights in one operation, are not among them.
+        """
         found: dict[OpKey, tuple[Tensor, Tensor | None]] = {}
 
         def tap_of(layer: Layer) -> Tap:
@@ -333,8 +336,7 @@ class Instrumentation:
 
             return tap
 
-        # Recurrent layers have several weights in one operation, of which no remedy changes any.
-        taps = {layer.key: tap_of(layer) for layer in self.layers}
+        taps = {layer.key: tap_of(layer) for layer in self.layers if CATEGORY_OF[layer.op] is not Category.RECURRENT}
         with self.reference(), self.tapped(taps):
             run()
         return found

@@ -141,11 +141,12 @@ EXPORTS = ("onnx", "encodings", "pt2")
 # In the order of the chart; a remedy's name is its module's or setting's.
 REMEDIES = (
     "cle",
-    "high_bias_absorption",
     "per_channel",
+    "per_group",
     "bias_correction",
     "adaround",
     "range_setting",
+    "high_bias_absorption",
     "activation_cle",
     "custom_range",
     "granularity",
