@@ -6,8 +6,9 @@ activations. Where a channel's pre-activation is never less than ``c >= 0``, a R
 the kernel, leave the function as it is and the activation's range smaller by ``c``.
 
 The paper takes ``c = max(0, beta - 3 * |gamma|)`` from the batch normalization, which is wrong for 0.13 % of Gaussian
-values and for kernels that see padding. Here ``c`` is also at most the least pre-activation seen on any calibration
-batch, and channels that padding, a sum, a clip or anything else stops are left alone.
+values and for kernels that see padding. Here ``c`` is at most the mean less three standard deviations of what
+calibration saw, at most the least value that it saw and, where a batch normalization is folded in, at most what the
+paper takes; channels that padding, a sum, a clip or anything else stops are left alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from lightning_quantdebug.channel_groups import (
 from lightning_quantdebug.function_check import adjust_exactly
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.interception import OpKey, clean_path
-from lightning_quantdebug.layers import Call, Layer, Runs, Tap
+from lightning_quantdebug.layers import Call, Layer, Runs
 
 # Of a Gaussian 0.13 % lie below its mean less three standard deviations (Nagel et al. 2019, section 4.1.3).
 _DEVIATIONS = 3.0
@@ -61,10 +62,10 @@ def absorb_high_bias(session: Instrumentation, runs: Runs) -> Applied:
     """
     groups = find_channel_groups(session, runs)
     candidates, why = _single_producers(groups)
-    least = _least_outputs(session, runs, [found.layer for found in candidates])
+    outputs = _watched_outputs(session, runs, [found.layer for found in candidates])
     absorbed = torch.zeros(groups.count)
     for found in candidates:
-        constant = _constants(session, found, least.get(found.layer.key))
+        constant = _constants(session, found, outputs[found.layer.key].floor)
         free = found.rows != FIXED
         absorbed[found.rows[free]] = constant[free]
     absorbed[torch.tensor([bool(reason) for reason in why], dtype=torch.bool)] = 0.0
@@ -88,32 +89,49 @@ def _single_producers(groups: ChannelGroups) -> tuple[list[LayerChannels], list[
     return [found for found in groups.layers if bool((found.rows != FIXED).any())], why
 
 
-def _least_outputs(session: Instrumentation, runs: Runs, layers: list[Layer]) -> dict[OpKey, Tensor]:
-    """The least value of each output channel of some layers over all calibration batches, in FP32, ``(C_out,)``."""
-    least: dict[OpKey, Tensor] = {}
+class _Outputs:
+    """Least value, mean and standard deviation of each output channel of a layer over many batches, ``(C_out,)``."""
 
-    def tap_of(layer: Layer) -> Tap:
-        def tap(call: Call) -> None:
-            result: Tensor = call.result.detach()
-            axis = result.ndim - 1 if layer.op == "linear" else result.ndim - 1 - int(layer.op[-2])
-            lowest = result.movedim(axis, 0).flatten(1).amin(1).cpu()
-            least[layer.key] = torch.minimum(lowest, least.get(layer.key, lowest))
+    def __init__(self, layer: Layer) -> None:
+        """Nothing was seen yet."""
+        self._layer = layer
+        self._count = 0
+        self._least = self._sum = self._squares = torch.zeros(0, dtype=torch.float64)
 
-        return tap
+    def __call__(self, call: Call) -> None:
+        """Take in one output, as a tap."""
+        result: Tensor = call.result.detach()
+        axis = result.ndim - 1 if self._layer.op == "linear" else result.ndim - 1 - int(self._layer.op[-2])
+        values = result.movedim(axis, 0).flatten(1).double().cpu()
+        seen = self._count > 0
+        self._least = torch.minimum(self._least, values.amin(1)) if seen else values.amin(1)
+        self._sum = self._sum + values.sum(1) if seen else values.sum(1)
+        self._squares = self._squares + values.square().sum(1) if seen else values.square().sum(1)
+        self._count += values.shape[1]
+
+    @property
+    def floor(self) -> Tensor:
+        """What hardly any value is below, the mean less three standard deviations, and none that was seen."""
+        mean = self._sum / self._count
+        deviation = (self._squares / self._count - mean.square()).clamp(min=0.0).sqrt()
+        return torch.minimum(self._least, mean - _DEVIATIONS * deviation).float()
+
+
+def _watched_outputs(session: Instrumentation, runs: Runs, layers: list[Layer]) -> dict[OpKey, _Outputs]:
+    """What some layers return over all calibration batches, in FP32."""
+    outputs = {layer.key: _Outputs(layer) for layer in layers}
 
     def visit(run: Callable[[], Any], index: int) -> None:
-        with session.reference(), session.tapped({layer.key: tap_of(layer) for layer in layers}):
-            run()
+        run()
 
-    runs(visit)
-    return least
+    with session.reference(), session.tapped(dict(outputs)):
+        runs(visit)
+    return outputs
 
 
-def _constants(session: Instrumentation, found: LayerChannels, least: Tensor | None) -> Tensor:
+def _constants(session: Instrumentation, found: LayerChannels, floor: Tensor) -> Tensor:
     """What can be taken out of each output channel of a layer, ``(C_out,)``; NaN, seen or computed, gives 0."""
-    if least is None:
-        return torch.zeros(len(found.rows))
-    constant, fold = least, found.layer.fold
+    constant, fold = floor, found.layer.fold
     adjustment = session.adjustments.get(found.layer.key, Adjustment())
     # Behind an absorption the statistics of the normalization are no longer those of the output.
     if fold is not None and not fold.forward and adjustment.bias_offset is None:
