@@ -121,6 +121,8 @@ class ActivationRanges:
 
     def observe(self, layer: Layer, x: Tensor) -> None:
         """Take in one input of a layer, ``(*, C_in)``, of a convolution ``(*, C_in, *)``."""
+        if x.numel() == 0:
+            return
         magnitudes = x.detach().movedim(_input_axis(layer, x), 0).flatten(1).abs().amax(1).double().cpu()
         self.largest[layer.key] = torch.maximum(magnitudes, self.largest.get(layer.key, magnitudes))
 
@@ -235,6 +237,8 @@ class _OutputError:
 
     def __call__(self, call: Call) -> None:
         """Run the layer again, quantized, and compare."""
+        if call.result.numel() == 0:
+            return
         if self._weight is None:
             self._weight = _quantized_weight(self._layer, value_at(call.args, call.kwargs, self._layer.weight_slot))
         args, kwargs = with_argument(call.args, call.kwargs, self._layer.weight_slot, self._weight)

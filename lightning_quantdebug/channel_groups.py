@@ -198,7 +198,7 @@ def _scalable_layers(session: Instrumentation) -> tuple[dict[OpKey, Layer], dict
     seen: set[OpKey] = set()
     for layer in session.layers:
         adjustment = session.adjustments.get(layer.key)
-        if layer.op not in _SCALABLE or layer.key in seen or layer.channel_axis is None:
+        if layer.op not in _SCALABLE or layer.key in seen:
             fixed[layer.key] = f"the weight of {layer.op} can not be scaled channel by channel"
         elif layer.shared:
             fixed[layer.key] = "its weight is used in several places"

@@ -165,6 +165,9 @@ class ChannelTracer(Interception):
         numbers = self._apply(ran)
         if numbers is None:
             self._pin_tensors(args, kwargs, f"{name} reads it")
+        elif any(tensor.numel() == 0 for _, tensor in tensors_in((result,), {})):
+            # Elements that are not there have no numbers: what reads them with other data would go unnoticed.
+            self._pin_tensors(args, kwargs, f"{name} gave an empty tensor")
         if target is not None and before is not None and not self._fits(before, numbers):
             self._overwrite(target, numbers, f"{name} writes into a tensor that is read elsewhere")
             numbers = None
@@ -265,11 +268,16 @@ class ChannelTracer(Interception):
             self.classes.pin(numbers, self._fixed[key])
             return None
         axis = channel_axis(ran)
+        rows = self._produced(key, ran.result.shape[axis])
+        if numbers.numel() == 0:
+            self.traced.consumed.setdefault(key, pinned(numbers.shape[axis : axis + 1]))
+            self.classes.pin(torch.cat([rows, self.traced.consumed[key]]), "it got an empty tensor")
+            return None
         columns = self.classes.merged(numbers, [other for other in range(numbers.ndim) if other != axis]).reshape(-1)
         self._same_each_time(self.traced.consumed, key, columns)
         if padded_with_zeros(ran):
             self.classes.mark(columns, f"{self._layers[key].name} sees zeros at its borders")
-        return along(self._produced(key, ran.result.shape[axis]), ran)
+        return along(rows, ran)
 
     def _produced(self, key: OpKey, count: int) -> Tensor:
         """The numbers of an operation's output channels, the same in every run."""

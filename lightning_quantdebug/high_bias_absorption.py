@@ -103,6 +103,8 @@ class _Outputs:
         result: Tensor = call.result.detach()
         axis = result.ndim - 1 if self._layer.op == "linear" else result.ndim - 1 - int(self._layer.op[-2])
         values = result.movedim(axis, 0).flatten(1).double().cpu()
+        if values.numel() == 0:
+            return
         seen = self._count > 0
         self._least = torch.minimum(self._least, values.amin(1)) if seen else values.amin(1)
         self._sum = self._sum + values.sum(1) if seen else values.sum(1)
