@@ -257,7 +257,7 @@ def _mean_result(call: Call, weight: Tensor, mean: Tensor) -> Tensor:
     """What a layer without bias gives on the mean over positions, if its input is constant on each channel.
 
     Args:
-        call: A run of the layer; its input is ``(N, C_in, *)`` or ``(C_in, *)``, that of a linear layer ``(N, C_in)``.
+        call: A run of the layer; its input is ``(N, C_in, *)``.
         weight: The weight to use in place of its own.
         mean: The constant of each channel, ``(C_in,)``.
 
@@ -265,7 +265,7 @@ def _mean_result(call: Call, weight: Tensor, mean: Tensor) -> Tensor:
         Float64, ``(C_out,)``.
     """
     x = call.args[0] if call.args else call.kwargs["input"]
-    positions = x.shape[x.ndim - (weight.ndim - 2) :] if weight.ndim > 2 else ()
+    positions = x.shape[2:]
     constant = mean.to(weight).view(1, -1, *(1,) * len(positions)).expand(1, -1, *positions)
     slot = (0,) if call.args else ("input",)
     args, kwargs = with_argument(call.args, call.kwargs, slot, constant)

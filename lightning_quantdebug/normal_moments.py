@@ -33,7 +33,7 @@ def clipped_moments(moments: Moments, low: float | Tensor = -math.inf, high: flo
     """Moments of ``clip(X, a, b)`` for ``X ~ N(mu, sigma^2)``: the clipped normal distribution.
 
     With ``c = clip(mu, a, b)`` and ``g(t) = E[max(0, Z - t)] = phi(t) - t Phi(-t)``, the mean is
-    ``c + sigma * (g(|A|) - g(|B|))``: the same as the formula of Nagel et al. 2019, appendix C, equation 38, without
+    ``c + sigma * (g(|A|) - g(|B|))``: the formula of Nagel et al. 2019, appendix C, without
     its differences of large terms. The variance is ``E[(Y - c)^2] - E[Y - c]^2``. ReLU is ``a = 0``, ReLU6 is
     ``a = 0, b = 6``.
 

@@ -25,6 +25,31 @@ W4 = QuantTarget(
 """Weights with a coarse grid, activations with one that is as good as none."""
 
 
+def three_layers() -> nn.Module:
+    """A folded normalization, a depthwise and a linear layer."""
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.ReLU6(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 5),
+    )
+    model[1].running_mean.normal_(0, 0.3)
+    model[1].running_var.uniform_(0.5, 2)
+    model[1].weight.data.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def images(*counts: int, seed: int = 0, size: int = 6) -> list[Tensor]:
+    """Batches of so many images, none of whose values is negative."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(count, 2, size, size, generator=generator) + 0.3 for count in counts]
+
+
 def empirical(session: Instrumentation, batches: Iterable[Any]) -> Applied:
     return correct_bias(session, batch_runs(session, list(batches)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from lightning_quantdebug.adjustment import Adjustment
 from lightning_quantdebug.bias_correction import correct_bias_analytically
 from lightning_quantdebug.instrument import instrument
+from lightning_quantdebug.layers import Visit
 from tests.mean_errors import (
     W4,
     analytic,
@@ -250,6 +252,9 @@ def test_channels_that_can_not_be_followed_are_left_alone() -> None:
         found = corrections(session)
     assert done.changed == ("twice", "twice@1")
     np.testing.assert_array_equal(found["twice"], found["twice@1"])
+    # Of the two tensors the first has mean 0, the second is its positive part.
+    mean = 0.5 / math.sqrt(2 * math.pi * (1 + model.norm.eps))
+    np.testing.assert_allclose(found["twice"], -weight_error(model.twice).sum((1, 2)) * mean, rtol=1e-4, atol=1e-7)
     reasons = dict(done.skipped)
     assert reasons["along"] == "the channels of the input of along are not those of a normalization"
     assert done.note.startswith("2 of 4 layers have an input whose mean is known without data; the largest correction")
@@ -295,7 +300,16 @@ def test_several_batches_are_used_until_every_layer_was_reached() -> None:
     session = recorded_on(Either(), W4, *batches)
     calibrate_on(session, *batches)
     state = session.state()
-    assert correct_bias_analytically(session, runs_of(session, *batches)).changed == ("one", "other")
+    runs, numbers = runs_of(session, *batches, *batches), []
+
+    def counted(visit: Visit) -> None:
+        def visit_and_count(run: Callable[[], Any], index: int) -> None:
+            visit(lambda: (numbers.append(index), run()), index)
+
+        runs(visit_and_count)
+
+    assert correct_bias_analytically(session, counted).changed == ("one", "other")
+    assert set(numbers) == {0, 1}
     session.restore(state)
     done = correct_bias_analytically(session, runs_of(session, batches[0]))
     assert done.changed == ("one",)
