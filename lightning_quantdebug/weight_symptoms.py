@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_quantdebug.adjustment import Adjustment, argument, put_argument
 from lightning_quantdebug.distribution import ChannelStatistics, range_ratios
 from lightning_quantdebug.encoding import encoding_from_range
 from lightning_quantdebug.fake_quantize import fake_quantize
@@ -89,7 +90,7 @@ def weight_symptoms(session: Instrumentation, runs: Runs) -> list[WeightSymptoms
     measured: dict[OpKey, list[_Measured]] = defaultdict(list)
     for layer in session.layers:
         if layer.quantizer.is_calibrated:
-            measured[layer.key].append(_Measured(layer))
+            measured[layer.key].append(_Measured(layer, session.adjustments.get(layer.key, Adjustment())))
 
     def tap_of(layers: list[_Measured]) -> Tap:
         def tap(call: Call) -> None:
@@ -118,8 +119,9 @@ def weight_symptoms(session: Instrumentation, runs: Runs) -> list[WeightSymptoms
 class _Measured:
     """Signal and noise of one layer, summed over the batches."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, adjustment: Adjustment) -> None:
         self.layer = layer
+        self.adjustment = adjustment
         self.weight: Tensor | None = None
         self._variants: dict[str, Tensor] = {}
         self._axis = output_axis(layer.op)
@@ -131,11 +133,15 @@ class _Measured:
         """Take in one run of the layer in FP32, and run it again with each form of the weight."""
         if self.weight is None:
             self.weight = value_at(call.args, call.kwargs, self.layer.weight_slot).detach().clone()
-            self._variants = _variants(self.layer, self.weight)
+            self._variants = _variants(self.layer, self.weight, self.adjustment)
         exact = _finite(_first(call.result))
         self._signal = self._signal + channel_power(exact, self._axis)
         for name, weight in self._variants.items():
             args, kwargs = with_argument(call.args, call.kwargs, self.layer.weight_slot, weight)
+            if self.adjustment.bias_correction is not None:
+                bias = argument(args, kwargs, 2, "bias")
+                correction = self.adjustment.bias_correction
+                args, kwargs = put_argument(args, kwargs, 2, "bias", correction if bias is None else bias + correction)
             error = _finite(_first(call.func(*args, **kwargs))) - exact
             self._noise[name] = self._noise[name] + channel_power(error, self._axis)
             if name in self._errors:
@@ -207,10 +213,10 @@ def _finite(x: Tensor) -> Tensor:
     return x.double().nan_to_num(0.0, 0.0, 0.0)
 
 
-def _variants(layer: Layer, weight: Tensor) -> dict[str, Tensor]:
+def _variants(layer: Layer, weight: Tensor, adjustment: Adjustment) -> dict[str, Tensor]:
     """The weight as it is quantized now, and with one thing healed each."""
-    quantizer = layer.quantizer
-    found = {_NOW: _quantized(quantizer, weight)}
+    quantizer, correction = layer.quantizer, adjustment.weight_correction
+    found = {_NOW: _quantized(quantizer, weight if correction is None else weight + correction)}
     spec = replace(quantizer.spec, granularity=Granularity.PER_TENSOR, group_size=None)
     by_output, by_input = _axes(layer, weight)
     if by_output is not None and quantizer.spec.granularity is Granularity.PER_TENSOR:

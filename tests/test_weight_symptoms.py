@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_quantdebug.adjustment import Adjustment
 from lightning_quantdebug.instrument import batch_runs, instrument
 from lightning_quantdebug.weight_symptoms import MOST_BATCHES, WeightSymptoms, decibels, output_axis, weight_symptoms
 
@@ -207,6 +208,26 @@ def test_a_lost_channel_does_no_more_harm_than_that():
     weight[0] *= 1e-4  # All of it rounds to 0: as much noise as signal.
     (found,) = measured(linear(weight), [normal(64, 16, seed=1)]).values()
     assert found.sqnr_db == pytest.approx(10 * math.log10(4), abs=0.1)
+
+
+def test_what_remedies_correct_while_a_weight_is_quantized_counts():
+    net, x = linear(normal(4, 8)), normal(64, 8, seed=1) + 1.0
+    with instrument(net, x, "w4a8") as session:
+        session.calibrate([x])
+        runs, (layer,) = batch_runs(session, [x]), session.layers
+        (before,) = weight_symptoms(session, runs)
+        with torch.no_grad():
+            exact = net(x)
+            with session.modes("quantize", kind="weight"):
+                shift = (net(x) - exact).mean(0)
+        session.adjust({layer.key: Adjustment(bias_correction=-shift)})
+        (unbiased,) = weight_symptoms(session, runs)
+        session.adjust({layer.key: Adjustment(weight_correction=0.5 * normal(4, 8, seed=2))})
+        (spoilt,) = weight_symptoms(session, runs)
+    assert before.unbiased_gain > 0.5
+    assert unbiased.sqnr_db == pytest.approx(before.sqnr_db + before.unbiased_gain, abs=1e-3)
+    assert unbiased.unbiased_gain == pytest.approx(0.0, abs=1e-3)
+    assert spoilt.sqnr_db < before.sqnr_db - 3
 
 
 def test_only_the_first_batches_are_run_and_nothing_of_the_session_changes():
