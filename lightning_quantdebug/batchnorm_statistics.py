@@ -25,7 +25,6 @@ from lightning_quantdebug.interception import OpKey, clean_path
 from lightning_quantdebug.normal_moments import Moments, clipped_moments, leaky_moments
 from lightning_quantdebug.operations import Category, clip_bounds
 from lightning_quantdebug.plan import BatchNormFold, Place
-from lightning_quantdebug.target import Kind
 from lightning_quantdebug.topology import Operation, Value
 
 RANGE_DEVIATIONS = 6.0
@@ -99,7 +98,7 @@ class BatchNormStatistics:
         if id(value) not in self._known:
             if value.producer is None:
                 raise UnknownStatisticsError(f"no batch normalization is ahead of it, but {value.name or 'an input'}")
-            if value.written or len(value.shape) < 2:
+            if len(value.shape) < 2:
                 raise UnknownStatisticsError(
                     f"the result of {value.producer.name} has no channels that could be followed"
                 )
@@ -251,8 +250,6 @@ def batchnorm_ranges(session: Instrumentation, deviations: float = RANGE_DEVIATI
         operations[keys[operation.key]].append(operation)
     ranges = {}
     for site in session.plan.sites:
-        if site.kind is not Kind.ACTIVATION or site.fixed_range is not None or site.name not in session.quantizers:
-            continue
         values = [value for spot in site.places for op in operations[spot.key] for value in _values_at(op, spot)]
         try:
             found = [statistics.of(value) for value in values]
@@ -328,7 +325,7 @@ def _averaged(source: ChannelStatistics, before: Value, after: Value, operation:
     padding = operation.arguments.get("padding", operation.arguments.get("3", 0))
     if operation.op in _POOLING and padding:
         raise UnknownStatisticsError(f"{operation.name} averages zeros of its padding as well")
-    keeps_axes = len(after.shape) == len(before.shape) and after.shape[1] == before.shape[1] > 1
+    keeps_axes = len(after.shape) == len(before.shape) and after.shape[1] == before.shape[1]
     # Over all positions; with as many positions as channels, the shape does not tell which of them are left.
     leaves_channels = after.shape == before.shape[:2] and before.shape[1] not in before.shape[2:]
     if not (keeps_axes or leaves_channels):

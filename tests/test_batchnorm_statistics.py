@@ -43,7 +43,7 @@ class Behind(nn.Module):
         self.other, self.other_norm = unit_conv(5), norm()
         self.other_norm.bias.data.neg_()
         self.prelu = nn.PReLU(5)
-        self.prelu.weight.data = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])
+        self.prelu.weight.data = torch.tensor([-0.5, 0.2, 0.3, 0.4, 1.5])
         self.operation = operation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,6 +162,7 @@ class Standing(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.norm, self.how = norm(), how
+        self.norm.eps = 0.5
         self.conv = nn.Conv2d(5, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -228,6 +229,11 @@ def test_what_is_not_known_says_why(name: str) -> None:
     operation, reason = UNKNOWN[name]
     with pytest.raises(UnknownStatisticsError, match=reason):
         last_statistics(Behind(operation), torch.randn(2, 5, 4, 10))
+
+
+def test_as_many_positions_as_channels_could_be_either() -> None:
+    with pytest.raises(UnknownStatisticsError, match="mean averages over something else than positions"):
+        last_statistics(Behind(lambda x: x.mean((1, 3))), torch.randn(2, 5, 5, 4))
 
 
 def test_an_input_has_no_statistics() -> None:
