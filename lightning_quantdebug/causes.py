@@ -247,8 +247,8 @@ def _outliers(symptoms: ActivationSymptoms) -> Finding:
     """Rare values set the range."""
     low, high = symptoms.bulk
     evidence = (
-        f"{BULK:.1%} of the values lie in [{low:.3g}, {high:.3g}], the range is [{symptoms.observed[0]:.3g}, "
-        f"{symptoms.observed[1]:.3g}]: the few others cost {symptoms.bulk_gain:.1f} dB of rounding noise; "
+        f"{BULK:.1%} of the values lie in [{low:.4g}, {high:.4g}], the range is [{symptoms.observed[0]:.4g}, "
+        f"{symptoms.observed[1]:.4g}]: the few others cost {symptoms.bulk_gain:.1f} dB of rounding noise; "
         f"{_harm(symptoms)}"
     )
     return Finding(Cause.ACTIVATION_OUTLIERS, evidence, symptoms.quantizer, "range_setting")
@@ -263,8 +263,8 @@ def _outlier_channel(symptoms: ActivationSymptoms) -> Finding:
     """A few channels set the range; behind the last layer nothing can take their scale over."""
     few = f"{_channels(symptoms.outlier_channels)} of {symptoms.channels}"
     evidence = (
-        f"{few} carr{'y' if len(symptoms.outlier_channels) > 1 else 'ies'} the range [{symptoms.observed[0]:.3g}, "
-        f"{symptoms.observed[1]:.3g}], which costs the others {symptoms.outlier_gain:.1f} dB of rounding noise; "
+        f"{few} carr{'y' if len(symptoms.outlier_channels) > 1 else 'ies'} the range [{symptoms.observed[0]:.4g}, "
+        f"{symptoms.observed[1]:.4g}], which costs the others {symptoms.outlier_gain:.1f} dB of rounding noise; "
         f"{_harm(symptoms)}"
     )
     if symptoms.is_output:
@@ -282,7 +282,7 @@ def _uneven_activation(symptoms: ActivationSymptoms) -> Finding:
     """Channels of one tensor have unlike ranges."""
     evidence = (
         f"the range of the median channel is {10 ** (symptoms.uneven_gain / 20):.3g} times narrower than the whole "
-        f"[{symptoms.observed[0]:.3g}, {symptoms.observed[1]:.3g}], which costs it {symptoms.uneven_gain:.1f} dB of "
+        f"[{symptoms.observed[0]:.4g}, {symptoms.observed[1]:.4g}], which costs it {symptoms.uneven_gain:.1f} dB of "
         f"rounding noise; {_harm(symptoms)}"
     )
     return Finding(Cause.UNEVEN_CHANNEL_RANGES, evidence, symptoms.quantizer, "activation_cle")
@@ -316,7 +316,7 @@ def _skewed(symptoms: ActivationSymptoms) -> Finding:
         detail = f"the grid is wider than the values by {symptoms.unused_gain:.1f} dB"
     else:
         detail = f"{symptoms.short_share:.0%} of the values share {symptoms.short_levels} levels on one side of 0"
-    evidence = f"{detail}, as the values reach from {symptoms.observed[0]:.3g} to {symptoms.observed[1]:.3g}"
+    evidence = f"{detail}, as the values reach from {symptoms.observed[0]:.4g} to {symptoms.observed[1]:.4g}"
     return Finding(Cause.SKEWED_TAIL, f"{evidence}; {_harm(symptoms)}", symptoms.quantizer, "range_setting")
 
 
