@@ -124,7 +124,6 @@ def _move(tracker: Tracker, op: Ran) -> Numbers:
             args = replace_slot(args, slot, new)
     moved = op.func(*args, **kwargs)
     if isinstance(moved, Tensor):
-        _mark_zeros(tracker, op, moved)
         return compact(moved)
     return [compact(part) for part in moved]
 
@@ -297,7 +296,7 @@ _RULES: Mapping[Rule, str] = {
         "unsafe_chunk unsafe_split unbind expand expand_as repeat repeat_interleave tile broadcast_to pixel_shuffle "
         "pixel_unshuffle channel_shuffle roll flip fliplr flipud select index_select narrow gather take_along_dim "
         "masked_select T mT H mH adjoint rot90 diagonal cat concat concatenate stack hstack vstack dstack "
-        "column_stack tril triu"
+        "column_stack"
     ),
     _pad: "pad constant_pad_nd",
     _mask: "masked_fill",
