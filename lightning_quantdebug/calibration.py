@@ -6,11 +6,14 @@ score is measured with; only the batches are those of the calibration loader.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from lightning_quantdebug.errors import CaptureError, EvaluationError
 from lightning_quantdebug.evaluation import Evaluator
 from lightning_quantdebug.instrument import Instrumentation
+from lightning_quantdebug.layers import Visit
 from lightning_quantdebug.observer import Observer
 from lightning_quantdebug.rank_agreement import gather
 from lightning_quantdebug.settings import CalibrationSource, Settings
@@ -63,6 +66,44 @@ def set_ranges(session: Instrumentation, evaluator: Evaluator, loader: Any, batc
         capture(session, evaluator, loader, batches)
         samples = _observe(session, evaluator, loader, batches)
     return samples
+
+
+def recalibrate(session: Instrumentation, evaluator: Evaluator, loader: Any, batches: int) -> None:
+    """Set every range anew after a remedy has moved activations; the network itself is the one that was recorded."""
+    _observe(session, evaluator, loader, batches)
+
+
+class CalibrationRuns:
+    """The calibration batches as remedies take them (:data:`lightning_quantdebug.layers.Runs`).
+
+    Each run goes through the user's own ``validation_step``.
+
+    Args:
+        session: A captured instrumentation.
+        evaluator: Runs the user's validation step.
+        loader: See :func:`calibration_loader`.
+        batches: Number of calibration batches on each rank.
+    """
+
+    def __init__(self, session: Instrumentation, evaluator: Evaluator, loader: Any, batches: int) -> None:
+        """Nothing runs yet."""
+        self.session = session
+        self.evaluator = evaluator
+        self.loader = loader
+        self.batches = batches
+
+    def __call__(self, visit: Visit) -> None:
+        """Call ``visit(run, index)`` for each calibration batch."""
+        count = 0
+
+        def around_step(call: Callable[[], Any], batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+            nonlocal count
+            visit(partial(self.session.run, call, step=True), count)
+            count += 1
+            # The evaluator reads what the last run logged, which a run that was cut short has not logged.
+            return call() if self.loader is None else None
+
+        _run(self.evaluator, around_step, self.loader, self.batches)
 
 
 def _observe(session: Instrumentation, evaluator: Evaluator, loader: Any, batches: int) -> int:

@@ -56,8 +56,9 @@ class QuantDebug(CallbackBase):
         restore_best: Diagnose the best weights of ModelCheckpoint instead of the last ones.
         module: Path of the sub-module to quantize; default: everything that the validation step runs.
         exclude: Name patterns of quantizers that stay in FP32.
-        remedies: Names of the remedies that may be tried, in order; default: all that the target allows. This version
-            tries none yet.
+        remedies: Names of the remedies that may be tried, in order; default: all that the target allows, in the
+            guidebook's order: ``"cle"``, ``"per_channel"``, ``"per_group"``, ``"bias_correction"``, ``"adaround"`` for
+            weights, ``"range_setting"``, ``"high_bias_absorption"``, ``"activation_cle"`` for activations.
         analysis: ``"estimate"``, ``"race"`` or ``"exhaustive"``: work of the per-quantizer analysis, which this version
             does not run yet.
         calibration: Where ranges are set: ``"train"``, ``"val"`` or a DataLoader.
@@ -247,6 +248,7 @@ class QuantDebug(CallbackBase):
                 self._loader,
                 progress.describe,
                 progress.advance,
+                progress.expect,
             )
             try:
                 with best_weights(trainer, pl_module, self.settings.restore_best):

@@ -50,7 +50,7 @@ def summary(report: Report) -> str:
     lines += _wrapped(outcome(report))
     if report.error:
         lines += _wrapped(f"The walk stopped with: {report.error}")
-    lines += _steps(report) + _findings(report) + _next(report) + _files(report)
+    lines += _steps(report) + _remedies(report) + _findings(report) + _next(report) + _files(report)
     return "\n".join([*lines, "-" * WIDTH])
 
 
@@ -89,6 +89,19 @@ def _steps(report: Report) -> list[str]:
         names = not_walked(report, verdict)
         lines += _wrapped(f"{text}: {', '.join(names)}") if names else []
     return lines
+
+
+def _remedies(report: Report) -> list[str]:
+    """What was tried, with the score before and after."""
+    if not report.remedies:
+        return []
+    rows = [("remedy", "before", "after", "", "why")]
+    for item in report.remedies:
+        fate = "kept" if item.kept else "undone"
+        rows.append((_clean(item.title), number(item.before), number(item.after), fate, _clean(item.reason)))
+    table = _aligned([row[:-1] for row in rows])
+    lines = [f"{line}  {row[-1]}" for line, row in zip(table, rows, strict=True)]
+    return ["", *(line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..." for line in lines)]
 
 
 def _findings(report: Report) -> list[str]:
@@ -187,6 +200,15 @@ class Progress:
             self._bar.set_description(f"quantdebug {step}")
         elif self._speaks:
             self._say()
+
+    def expect(self, evaluations: int) -> None:
+        """Count on evaluations that were not foreseen when the bar was opened."""
+        if self.total is None:
+            return
+        self.total += evaluations
+        if self._bar is not None:
+            self._bar.total = self.total
+            self._bar.refresh()
 
     def advance(self, evaluations: int = 1) -> None:
         """Count evaluations that are done."""

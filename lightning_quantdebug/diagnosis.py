@@ -5,8 +5,6 @@ The report is the only memory: each step takes what it needs from it and adds on
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,31 +12,42 @@ from typing import Any
 
 import torch
 
-from lightning_quantdebug.calibration import calibration_loader, capture, set_ranges
+from lightning_quantdebug.advice import after_repair, on_failure
+from lightning_quantdebug.calibration import CalibrationRuns, calibration_loader, capture, recalibrate, set_ranges
+from lightning_quantdebug.causes import activation_causes, weight_causes
+from lightning_quantdebug.draw_scores import draws_report
+from lightning_quantdebug.environment import environment
 from lightning_quantdebug.errors import NonFiniteScoreError, NoTrainingDataError
 from lightning_quantdebug.evaluation import Evaluation, Evaluator
-from lightning_quantdebug.flowchart import final_verdict, judge, next_step
+from lightning_quantdebug.final_settings import setting_of
+from lightning_quantdebug.flowchart import final_verdict, judge, next_step, objective, tries_of
 from lightning_quantdebug.fp32_check import Fp32Check, Reference, first_non_finite
 from lightning_quantdebug.instrument import Instrumentation
 from lightning_quantdebug.observer import Histogram
 from lightning_quantdebug.own_quantizers import find_own_quantizers, own_quantizers
 from lightning_quantdebug.paired_loss import interaction, loss_interval
-from lightning_quantdebug.plausibility import chance_warning, direction_warning, not_run
-from lightning_quantdebug.quantizer import Quantizer
+from lightning_quantdebug.plausibility import (
+    chance_warning,
+    direction_warning,
+    non_finite,
+    not_run,
+    not_simulated,
+    too_few_samples,
+)
 from lightning_quantdebug.rank_agreement import gather
+from lightning_quantdebug.repair import Repair, Workbench
 from lightning_quantdebug.report import (
     Baseline,
     Cause,
     Final,
     Finding,
-    QuantizerSetting,
     Report,
     Step,
     StepName,
     StepVerdict,
 )
+from lightning_quantdebug.selection import Split
 from lightning_quantdebug.settings import Settings
-from lightning_quantdebug.statistics import samples_to_resolve
 from lightning_quantdebug.target import Kind, Mode
 
 # Evaluations of one walk, for the progress bar: FP32 twice, recording, observing, six runs of one batch, two full runs
@@ -64,6 +73,7 @@ class Diagnosis:
         given_loader: The calibration loader, where the user gave one.
         describe: Called with the name of each step as it begins.
         advance: Called after each evaluation.
+        expect: Called with the number of evaluations that turn out to be needed as well.
 
     Attributes:
         report: What is known so far; of use also after an exception.
@@ -78,6 +88,7 @@ class Diagnosis:
         given_loader: Any = None,
         describe: Callable[[str], None] = lambda step: None,
         advance: Callable[[], None] = lambda: None,
+        expect: Callable[[int], None] = lambda evaluations: None,
     ) -> None:
         """Nothing runs yet."""
         self.evaluator = evaluator
@@ -86,6 +97,7 @@ class Diagnosis:
         self.loader = calibration_loader(settings, given_loader)
         self.describe = describe
         self.advance = advance
+        self.expect = expect
         self.root: torch.nn.Module = evaluator.pl_module
         self.report = Report(settings=settings.to_dict(), environment=environment(self.root, evaluator.seed))
         self.session: Instrumentation | None = None
@@ -93,10 +105,13 @@ class Diagnosis:
         self._warnings: list[str] = []
         self._measured: dict[Kind | None, Evaluation] = {}
         self._own = find_own_quantizers(self.root)
+        self._started = time.monotonic()
         self._steps: dict[StepName, Callable[[], Step]] = {
             StepName.FP32_CHECK: self._fp32_check,
             StepName.ACTIVATIONS: self._activations,
             StepName.WEIGHTS: self._weights,
+            StepName.FIX_WEIGHTS: lambda: self._fix(StepName.FIX_WEIGHTS),
+            StepName.FIX_ACTIVATIONS: lambda: self._fix(StepName.FIX_ACTIVATIONS),
             StepName.QUANTIZE_MODEL: self._quantize_model,
         }
 
@@ -107,7 +122,7 @@ class Diagnosis:
             The report with its verdict; files and TensorBoard are the caller's business.
         """
         self.evaluator.check()
-        started = time.monotonic()
+        self._started = started = time.monotonic()
         with own_quantizers(self._own, enabled=False):
             while (decision := next_step(self.report, frozenset(self._steps))) is not None:
                 if decision.runs and self._is_late(started):
@@ -199,19 +214,7 @@ class Diagnosis:
     def _note_coverage(self, session: Instrumentation) -> None:
         """Findings on what can not be simulated."""
         own = [quantizer.path for quantizer in self._own]
-        if own:
-            self.report = self.report.with_findings(
-                Finding(Cause.NOT_QUANTIZED, f"the model's own quantizers are bypassed during the walk: {own}")
-            )
-        for path in session.topology.opaque_modules:
-            self.report = self.report.with_findings(
-                Finding(Cause.NOT_QUANTIZED, f"the operations inside {path} can not be seen, so they run in FP32", path)
-            )
-        for quantizer in session.quantizers.values():
-            if quantizer.observer.non_finite:
-                count = quantizer.observer.non_finite
-                evidence = f"calibration saw {count} values that are NaN or infinite; ranges ignore them"
-                self.report = self.report.with_findings(Finding(Cause.NON_FINITE, evidence, quantizer.name))
+        self.report = self.report.with_findings(*not_simulated(session, own), *non_finite(session))
 
     def _activations(self) -> Step:
         """Only the activations quantized."""
@@ -251,6 +254,84 @@ class Diagnosis:
         self._measured[kind] = evaluation
         return self._judged(name, reference, evaluation)
 
+    def _fix(self, name: StepName) -> Step:
+        """Try the remedies of a box; at its end, know again how weights and activations stand together."""
+        session, reference = self._needs_session()
+        kind = objective(self.report, name)
+        try:
+            before = self._evaluation_of(kind)
+        except NonFiniteScoreError:
+            return self._without_score(name, self.evaluator)
+        details: dict[str, Any] = {"objective": kind.value if kind is not None else "both"}
+        bench = self._workbench(kind)
+        causes = weight_causes if name is StepName.FIX_WEIGHTS else activation_causes
+        self.report = self.report.with_findings(*causes(session, bench.runs))
+        if name is StepName.FIX_ACTIVATIONS:
+            samples = int(self.report.settings.get("calibration_samples") or 0)
+            details["calibration_draws"] = draws_report(session, bench.runs, bench.measure, samples)
+        # Each try measures once and may set the ranges anew; two more tell how weights and activations stand.
+        self.expect(2 * len(tries_of(name, self.settings.remedies)) + 2)
+        repair = Repair(bench, name, reference, before)
+        self.report = repair.walk(self.report)
+        if repair.evaluation is not before:
+            self._measured = {kind: repair.evaluation}
+        details |= self._standing()
+        advice = self._too_late() if repair.is_late else after_repair(self.report, name, repair.verdict)
+        return Step(
+            name, repair.verdict, repair.evaluation.score, repair.loss, repair.interval, advice, details=details
+        )
+
+    def _workbench(self, kind: Kind | None) -> Workbench:
+        """What remedies work on, judged with the quantizers of ``kind`` on."""
+        session, reference = self._needs_session()
+        batches = self.settings.calibration_batches
+
+        def measure() -> Evaluation:
+            with session.modes(Mode.QUANTIZE, kind=kind):
+                return self._measure(session)
+
+        def recalibrated() -> None:
+            recalibrate(session, self.evaluator, self.loader, batches)
+            self.advance()
+
+        return Workbench(
+            session=session,
+            runs=CalibrationRuns(session, self.evaluator, self.loader, batches),
+            recalibrate=recalibrated,
+            measure=measure,
+            settings=self.settings,
+            split=Split.of(reference),
+            is_late=lambda: self._is_late(self._started),
+            describe=self.describe,
+        )
+
+    def _evaluation_of(self, kind: Kind | None) -> Evaluation:
+        """The score with the quantizers of one kind on, as the session is now."""
+        session, _ = self._needs_session()
+        if kind not in self._measured:
+            with session.modes(Mode.QUANTIZE, kind=kind):
+                self._measured[kind] = self._measure(session)
+        return self._measured[kind]
+
+    def _standing(self) -> dict[str, Any]:
+        """How both together stand, and each alone where the two fail and it was not measured since the last change."""
+        _, reference = self._needs_session()
+        standing: dict[str, Any] = {}
+        for key, kind in (("both", None), ("weights", Kind.WEIGHT), ("activations", Kind.ACTIVATION)):
+            if kind is not None and standing["both"]["verdict"] != StepVerdict.FAILED.value:
+                break
+            try:
+                step = self._judged(StepName.QUANTIZE_MODEL, reference, self._evaluation_of(kind))
+            except NonFiniteScoreError:
+                step = Step(StepName.QUANTIZE_MODEL, StepVerdict.FAILED)
+            standing[key] = {
+                "score": step.score,
+                "loss": step.loss,
+                "interval": step.interval,
+                "verdict": step.verdict.value,
+            }
+        return standing
+
     def _quantize_model(self) -> Step:
         """The whole model at its final settings, on the full validation set."""
         session, reference = self._needs_session()
@@ -260,15 +341,16 @@ class Diagnosis:
             self.report = replace(self.report, baseline=Baseline(reference.score, reference.samples))
             self._measured.clear()
         evaluation = self._measured.get(None)
-        if evaluation is None or any(remedy.kept for remedy in self.report.remedies):
+        if evaluation is None:
             with session.modes(Mode.QUANTIZE):
                 try:
                     evaluation = self.acceptance.run(session.around_step)
                 except NonFiniteScoreError:
                     return self._without_score(StepName.QUANTIZE_MODEL, self.acceptance)
         self.advance()
-        step = self._judged(StepName.QUANTIZE_MODEL, reference, evaluation)
-        self._note_samples(step, evaluation)
+        step = self._accepted(self._judged(StepName.QUANTIZE_MODEL, reference, evaluation), reference, evaluation)
+        few = too_few_samples(self.report, step, evaluation.samples, self.settings)
+        self.report = self.report.with_findings(*few)
         if step.verdict is StepVerdict.NOISE:
             advice = (
                 "The loss exceeds the tolerance, but with these samples it can not be told from zero. Validate on more "
@@ -276,24 +358,26 @@ class Diagnosis:
             )
             return replace(step, advice=advice)
         if step.verdict is StepVerdict.FAILED:
-            return replace(step, advice=self._advice_on_failure())
+            return replace(step, advice=on_failure(self.report))
         return step
 
-    def _advice_on_failure(self) -> str:
-        """Which box costs the score, and the cheapest thing to try next."""
-        weights, activations = (self.report.step(name) for name in (StepName.WEIGHTS, StepName.ACTIVATIONS))
-        guilty = [
-            step.step.value
-            for step in (weights, activations)
-            if step is not None and step.verdict is StepVerdict.FAILED
-        ]
-        where = " and ".join(guilty) or "the two together, neither of them alone"
-        tries = {
-            "weights": "per-channel weights, or more weight bits",
-            "activations": "calibrate on more batches, range setting 'mse', or more activation bits",
+    def _accepted(self, step: Step, reference: Evaluation, evaluation: Evaluation) -> Step:
+        """The whole model's step; where remedies were chosen, also judged on the batches that chose nothing."""
+        if not any(remedy.kept for remedy in self.report.remedies):
+            return step
+        _, walked = self._needs_session()
+        held_out = Split.of(walked).held_out_loss(reference, evaluation, self.settings.direction)
+        if held_out is None:
+            return replace(step, details={**step.details, "held_out": None})
+        verdict = judge(held_out.value, held_out.interval, self.settings.tolerance.permitted_loss(reference.score))
+        details = {
+            "loss": held_out.value,
+            "interval": held_out.interval,
+            "samples": held_out.samples,
+            "verdict": verdict.value,
         }
-        advice = "; ".join(tries[name] for name in guilty) or "more bits for weights or for activations"
-        return f"The loss exceeds the tolerance; it comes from {where}. The next cheapest thing to try: {advice}."
+        step = replace(step, details={**step.details, "held_out": details})
+        return replace(step, verdict=verdict) if verdict is StepVerdict.FAILED else step
 
     # Numbers.
 
@@ -330,22 +414,6 @@ class Diagnosis:
         )
         return Step(name, StepVerdict.FAILED, advice=advice)
 
-    def _note_samples(self, step: Step, evaluation: Evaluation) -> None:
-        """Say when the validation set is too small to resolve the tolerance, and which size would do."""
-        reference = self.report.baseline
-        if reference is None or step.interval is None or not evaluation.samples:
-            return
-        permitted = self.settings.tolerance.permitted_loss(reference.score)
-        half_width = (step.interval[1] - step.interval[0]) / 2
-        is_open = step.interval[0] <= permitted < step.interval[1]
-        if permitted > 0 and half_width > permitted and is_open:
-            needed = samples_to_resolve(evaluation.samples, step.interval, permitted)
-            evidence = (
-                f"the loss is known to ±{half_width:.3g} with {evaluation.samples} samples, the tolerance is "
-                f"{permitted:.3g}; about {needed} samples would resolve it"
-            )
-            self.report = self.report.with_findings(Finding(Cause.TOO_FEW_SAMPLES, evidence))
-
     # The end.
 
     def _finish(self) -> None:
@@ -375,46 +443,3 @@ class Diagnosis:
         if self.session is None:
             return {}
         return {q.name: q.observer.histogram for q in self.session.select(kind=kind) if q.observer.count}
-
-
-def setting_of(quantizer: Quantizer) -> QuantizerSetting:
-    """Plain numbers of a quantizer's final setting."""
-    encoding, spec = quantizer.encoding, quantizer.spec
-    seen = quantizer.observer.count > 0
-    zero_points = set() if encoding is None else set(encoding.zero_point.flatten().tolist())
-    return QuantizerSetting(
-        name=quantizer.name,
-        kind=quantizer.kind.value,
-        bit_width=spec.bit_width,
-        symmetric=spec.symmetric,
-        granularity=spec.granularity.value,
-        range_min=None if encoding is None else float(encoding.range_min.min()),
-        range_max=None if encoding is None else float(encoding.range_max.max()),
-        scale=None if encoding is None else float(encoding.scale.max()),
-        zero_point=zero_points.pop() if len(zero_points) == 1 else None,
-        observed_min=quantizer.observer.range_min if seen else None,
-        observed_max=quantizer.observer.range_max if seen else None,
-        channels=1 if encoding is None else encoding.scale.numel(),
-    )
-
-
-def environment(root: torch.nn.Module, seed: int) -> dict[str, Any]:
-    """Versions, device and seed of the walk."""
-    packages = ("lightning-quantdebug", "torch", "pytorch-lightning", "lightning", "torchmetrics", "numpy")
-    versions = {name: version for name in packages if (version := _version(name)) is not None}
-    device = next((parameter.device for parameter in root.parameters()), torch.device("cpu"))
-    return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "device": str(device),
-        "seed": seed,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _version(package: str) -> str | None:
-    """Version of an installed package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

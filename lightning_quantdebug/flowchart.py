@@ -6,12 +6,41 @@ the same chart. Nothing here runs anything: :mod:`lightning_quantdebug.diagnosis
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_quantdebug.report import Report, StepName, StepVerdict, Verdict
+from lightning_quantdebug.target import Kind, RangeSetting
 
 _GOOD = (StepVerdict.PASSED, StepVerdict.NOISE)
+
+
+# The remedies of each box, in the guidebook's order. High-bias absorption follows CLE in the paper; it changes the ranges
+# of activations and no weight, so that only their box can tell whether it helps.
+REMEDIES_OF: Mapping[StepName, tuple[str, ...]] = {
+    StepName.FIX_WEIGHTS: ("cle", "per_channel", "per_group", "bias_correction", "adaround"),
+    StepName.FIX_ACTIVATIONS: ("range_setting", "high_bias_absorption", "activation_cle"),
+}
+# Methods that the remedy `range_setting` tries one after the other.
+RANGE_SETTINGS = (
+    RangeSetting.MSE,
+    RangeSetting.PERCENTILE,
+    RangeSetting.MIN_MAX,
+    RangeSetting.CROSS_ENTROPY,
+    RangeSetting.BATCHNORM,
+)
+# Without an interval a gain counts from this share of the permitted loss on: a tenth of what is asked for is progress,
+# less than that is what another order of the sums could give.
+_LEAST_GAIN = 0.1
+
+
+@dataclass(frozen=True)
+class Try:
+    """One remedy to try, and which of its variants."""
+
+    remedy: str
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,13 +107,88 @@ def next_step(report: Report, available: Set[StepName]) -> Decision | None:
     return None
 
 
+def tries_of(step: StepName, remedies: Sequence[str] | None) -> tuple[Try, ...]:
+    """What a box may try, in order.
+
+    Args:
+        step: ``FIX_WEIGHTS`` or ``FIX_ACTIVATIONS``.
+        remedies: The user's choice and order, ``None`` for all in the guidebook's order.
+
+    Examples:
+        >>> [item.remedy for item in tries_of(StepName.FIX_WEIGHTS, ["adaround", "cle", "range_setting"])]
+        ['adaround', 'cle']
+    """
+    own = REMEDIES_OF[step]
+    chosen = own if remedies is None else [name for name in remedies if name in own]
+    return tuple(
+        Try(name, variant)
+        for name in dict.fromkeys(chosen)
+        for variant in ([method.value for method in RANGE_SETTINGS] if name == "range_setting" else [""])
+    )
+
+
+def next_try(report: Report, step: StepName, verdict: StepVerdict, remedies: Sequence[str] | None) -> Try | None:
+    """The next remedy of a box, or ``None`` if its loss is good or nothing is left to try.
+
+    Args:
+        report: What was tried so far.
+        step: The box.
+        verdict: How the box stands with the remedies that were kept.
+        remedies: See :func:`tries_of`.
+    """
+    if verdict in _GOOD:
+        return None
+    tried = {(item.remedy, item.variant) for item in report.remedies if item.step == step.value}
+    return next((item for item in tries_of(step, remedies) if (item.remedy, item.variant) not in tried), None)
+
+
+def judge_gain(gain: float, interval: tuple[float, float] | None, permitted: float) -> tuple[bool, str]:
+    """Whether a remedy is kept: only if it helps beyond noise.
+
+    Args:
+        gain: Score gained, positive is better.
+        interval: Its confidence interval, ``None`` where none is known.
+        permitted: The tolerance in the metric's units.
+
+    Returns:
+        Whether to keep it, and why.
+
+    Examples:
+        >>> judge_gain(0.02, (-0.01, 0.05), permitted=0.01)
+        (False, 'the gain can not be told from noise')
+    """
+    if gain <= 0:
+        return False, "the score did not rise" if gain == 0 else "the score got worse"
+    if interval is None:
+        kept = gain > _LEAST_GAIN * permitted
+        return (
+            kept,
+            "the score rose (no interval is known)" if kept else "the gain is negligible (no interval is known)",
+        )
+    return (True, "the score rose beyond noise") if interval[0] > 0 else (False, "the gain can not be told from noise")
+
+
+def objective(report: Report, step: StepName) -> Kind | None:
+    """Which quantizers are on while a box measures its remedies.
+
+    Those of its own kind; all of them where each kind alone is good and only the two together lose.
+    """
+    kind = Kind.WEIGHT if step is StepName.FIX_WEIGHTS else Kind.ACTIVATION
+    alone = _latest(report, "weights" if kind is Kind.WEIGHT else "activations")
+    return None if _passes(alone) else kind
+
+
 def _reason_to_skip(report: Report, step: StepName) -> str | None:
     """Why a box has nothing to do, ``None`` if it has."""
-    if step is StepName.FIX_WEIGHTS and _is_good(report, StepName.WEIGHTS):
+    weights, activations, both = (_latest(report, name) for name in ("weights", "activations", "both"))
+    if step is StepName.FIX_WEIGHTS and _passes(weights) and (_passes(both) or not _passes(activations)):
         return "The quantized weights alone stay within the tolerance."
-    if step is StepName.FIX_ACTIVATIONS and _is_good(report, StepName.ACTIVATIONS):
-        return "The quantized activations alone stay within the tolerance."
-    if step in (StepName.PER_QUANTIZER, StepName.VISUALIZE, StepName.FIX_QUANTIZERS) and _both_pass(report):
+    if step is StepName.FIX_ACTIVATIONS:
+        if _passes(activations) and (_passes(both) or not _passes(weights)):
+            return "The quantized activations alone stay within the tolerance."
+        if _passes(both):
+            return "Weights and activations together stay within the tolerance."
+    if step in (StepName.PER_QUANTIZER, StepName.VISUALIZE, StepName.FIX_QUANTIZERS) and _passes(both):
         return "Weights and activations together stay within the tolerance: no quantizer is to blame."
     if step is StepName.QAT and _is_good(report, StepName.QUANTIZE_MODEL):
         return "The quantized model is accepted: there is nothing to train."
@@ -97,11 +201,20 @@ def _is_good(report: Report, step: StepName) -> bool:
     return record is not None and record.verdict in _GOOD
 
 
-def _both_pass(report: Report) -> bool:
-    """Whether weights and activations, quantized together, were within the tolerance."""
-    record = report.step(StepName.WEIGHTS)
-    both = record.details.get("both") if record is not None else None
-    return both is not None and both["verdict"] in [verdict.value for verdict in _GOOD]
+def _latest(report: Report, name: str) -> str | None:
+    """The last verdict on ``weights``, ``activations`` or ``both``: steps of that name, or details of later steps."""
+    for step in reversed(report.steps):
+        if step.step.value == name:
+            return str(step.verdict.value)
+        details: Any = step.details.get(name)
+        if details is not None:
+            return str(details["verdict"])
+    return None
+
+
+def _passes(verdict: str | None) -> bool:
+    """Whether a verdict is a good one."""
+    return verdict in [good.value for good in _GOOD]
 
 
 def final_verdict(report: Report) -> Verdict:

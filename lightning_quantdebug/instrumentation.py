@@ -173,9 +173,10 @@ class Instrumentation:
             runner.trace = None
 
     @property
-    def operation_names(self) -> list[str]:
-        """Names of the recorded operations of the first run, in order of execution."""
-        return [operation.name for operation in self.topology.runs[0]] if self.topology.runs else []
+    def keys_by_name(self) -> dict[str, OpKey]:
+        """The identity of each recorded operation by its name, which is the same in every process."""
+        runner = self._placed()
+        return {runner.planned(key).name: key for key in self.topology.shared_keys().values()}
 
     # Modes.
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from collections.abc import Sequence
 
 from lightning_quantdebug.evaluation import Evaluation
+from lightning_quantdebug.flowchart import REMEDIES_OF
 from lightning_quantdebug.instrument import Instrumentation
+from lightning_quantdebug.report import Cause, Finding, Report, Step
 from lightning_quantdebug.settings import Direction, Settings
+from lightning_quantdebug.statistics import samples_to_resolve
 
 # The extra `onnx`. The encodings are written beside a float ONNX model.
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -45,7 +49,8 @@ def chance_warning(session: Instrumentation, settings: Settings, reference: Eval
 
 def not_run(settings: Settings) -> list[str]:
     """What the settings ask for and this version does not do."""
-    asked = {"export": settings.export, "remedies": settings.remedies}
+    later = [name for name in settings.remedies or () if not any(name in box for box in REMEDIES_OF.values())]
+    asked = {"export": settings.export, "remedies": later}
     return [
         f"`{name}={list(values)}` is not run: this version does not have it yet."
         for name, values in asked.items()
@@ -84,3 +89,58 @@ def output_width(session: Instrumentation) -> int | None:
     last = next((operation for operation in reversed(run) if shared[operation.key] in quantized), None)
     shape = last.outputs[0].shape if last is not None and last.outputs else ()
     return shape[-1] if len(shape) == 2 else None
+
+
+def not_simulated(session: Instrumentation, own_quantizers: Sequence[str]) -> list[Finding]:
+    """Findings on what runs in FP32 although a quantized model would quantize it.
+
+    Args:
+        session: A captured instrumentation.
+        own_quantizers: Paths of the model's own fake-quantize modules.
+    """
+    bypassed = f"the model's own quantizers are bypassed during the walk: {list(own_quantizers)}"
+    return [
+        *([Finding(Cause.NOT_QUANTIZED, bypassed)] if own_quantizers else []),
+        *(
+            Finding(Cause.NOT_QUANTIZED, f"the operations inside {path} can not be seen, so they run in FP32", path)
+            for path in session.topology.opaque_modules
+        ),
+    ]
+
+
+def non_finite(session: Instrumentation) -> list[Finding]:
+    """Findings on tensors of which calibration saw values that are no finite numbers."""
+    return [
+        Finding(
+            Cause.NON_FINITE,
+            f"calibration saw {quantizer.observer.non_finite} values that are NaN or infinite; ranges ignore them",
+            quantizer.name,
+        )
+        for quantizer in session.quantizers.values()
+        if quantizer.observer.non_finite
+    ]
+
+
+def too_few_samples(report: Report, step: Step, samples: int | None, settings: Settings) -> list[Finding]:
+    """A finding if the validation set is too small to resolve the tolerance, with the size that would do.
+
+    Args:
+        report: With its baseline.
+        step: The whole model's step.
+        samples: Samples behind its score.
+        settings: The settings of the walk.
+    """
+    reference = report.baseline
+    if reference is None or step.interval is None or not samples:
+        return []
+    permitted = settings.tolerance.permitted_loss(reference.score)
+    half_width = (step.interval[1] - step.interval[0]) / 2
+    is_open = step.interval[0] <= permitted < step.interval[1]
+    if not (permitted > 0 and half_width > permitted and is_open):
+        return []
+    needed = samples_to_resolve(samples, step.interval, permitted)
+    evidence = (
+        f"the loss is known to ±{half_width:.3g} with {samples} samples, the tolerance is {permitted:.3g}; about "
+        f"{needed} samples would resolve it"
+    )
+    return [Finding(Cause.TOO_FEW_SAMPLES, evidence)]

@@ -25,6 +25,11 @@ def gather(value: T) -> list[T]:
     return gathered  # type: ignore[return-value] # every place was filled
 
 
+def from_rank_zero(value: T) -> T:
+    """The value that rank zero has; of one process just its own."""
+    return gather(value)[0]
+
+
 def mean_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     """Mean over the ranks that have a metric; ranks that agree keep their value to the last bit.
 

@@ -125,14 +125,40 @@ class Step:
 
 @dataclass(frozen=True)
 class Remedy:
-    """One remedy that was tried: the score before and after, and whether it was kept."""
+    """One remedy that was tried.
+
+    Attributes:
+        remedy: Its name, one of ``settings.REMEDIES``.
+        before: Score before it, with the quantizers on that its box of the chart is about.
+        after: Score with it; ``None`` where none was measured, because it changed nothing or failed.
+        kept: Whether it was kept; else everything is as before.
+        reason: Why it was kept or undone.
+        seconds: Wall time of applying and measuring it.
+        step: The box of the chart that tried it.
+        variant: Which of its variants, such as the method of ``range_setting``; empty where it has none.
+        gain: Score gained, positive is better, with the batches that choose.
+        interval: Confidence interval of ``gain`` (95 %).
+        note: What it did, in numbers.
+        skipped: What it left alone, and why.
+    """
 
     remedy: str
     before: float
-    after: float
+    after: float | None
     kept: bool
     reason: str
     seconds: float
+    step: str = StepName.FIX_WEIGHTS.value
+    variant: str = ""
+    gain: float | None = None
+    interval: tuple[float, float] | None = None
+    note: str = ""
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The remedy with its variant."""
+        return f"{self.remedy} ({self.variant})" if self.variant else self.remedy
 
 
 @dataclass(frozen=True)
@@ -275,6 +301,10 @@ class Report:
         """The report with one more step."""
         return replace(self, steps=(*self.steps, step))
 
+    def with_remedy(self, remedy: Remedy) -> Report:
+        """The report with one more remedy that was tried."""
+        return replace(self, remedies=(*self.remedies, remedy))
+
     def with_findings(self, *findings: Finding) -> Report:
         """The report with more findings."""
         return replace(self, findings=(*self.findings, *findings))
@@ -374,7 +404,7 @@ def _report_from(values: Mapping[str, Any]) -> Report:
         environment=values["environment"],
         baseline=None if baseline is None else Baseline(**baseline),
         steps=tuple(_step_from(item) for item in values["steps"]),
-        remedies=tuple(Remedy(**item) for item in values["remedies"]),
+        remedies=tuple(Remedy(**_with_interval(item)) for item in values["remedies"]),
         coverage=Coverage(
             tuple(coverage["quantized"]),
             tuple(Unquantized(**item) for item in coverage["unquantized"]),

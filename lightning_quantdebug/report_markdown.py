@@ -342,15 +342,38 @@ def _remedies(report: Report) -> str:
         return ""
     rows = [
         (
-            code(item.remedy),
+            code(item.step),
+            escape(item.title),
             number(item.before),
             number(item.after),
+            interval(item.interval),
             "kept" if item.kept else "undone",
-            escape(item.reason),
+            escape(". ".join(text for text in (item.reason, item.note) if text)),
+            f"{item.seconds or 0.0:.1f}",
         )
         for item in report.remedies
     ]
-    return "## Remedies tried\n\n" + table(("remedy", "before", "after", "kept", "why"), rows)
+    header = ("step", "remedy", "before", "after", "95 % interval of the gain", "kept", "why", "seconds")
+    return "\n\n".join(["## Remedies tried", table(header, rows), *_on_choosing(report)])
+
+
+def _on_choosing(report: Report) -> list[str]:
+    """Which samples judged the model that remedies were chosen for, and how far ranges depend on the calibration."""
+    texts = []
+    whole = report.step(StepName.QUANTIZE_MODEL)
+    held_out = whole.details.get("held_out") if whole is not None else None
+    if held_out is not None:
+        texts.append(
+            f"Half of the batches chose the remedies; on {number(held_out['samples'])} samples that chose nothing the "
+            f"loss is {number(held_out['loss'])} {interval(held_out['interval'])}."
+        )
+    elif any(item.kept for item in report.remedies):
+        texts.append(
+            "The samples that chose the remedies also judge the model: there are too few batches to part them."
+        )
+    box = report.step(StepName.FIX_ACTIVATIONS)
+    draws = box.details.get("calibration_draws") if box is not None else None
+    return texts if draws is None else [*texts, escape(draws["advice"])]
 
 
 def _coverage(coverage: Coverage) -> str:

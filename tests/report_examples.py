@@ -33,6 +33,8 @@ def full_report() -> Report:
         for name in (StepName.FIX_WEIGHTS, StepName.PER_QUANTIZER)
     )
     both = {"both": {"score": 0.48, "loss": 0.45, "interval": [0.4, 0.5]}, "interaction": -0.04}
+    draws = {"calibration_draws": {"spread": {}, "scores": [0.86, 0.88], "advice": "Ranges settle at 256 samples."}}
+    held_out = {"held_out": {"loss": 0.44, "interval": [0.38, 0.5], "samples": 250, "verdict": "failed"}}
     return Report(
         settings=make_settings(monitor="val_acc", mode="max", target="int8_per_tensor").to_dict(),
         environment={"torch": "2.13.0", "seed": 7},
@@ -42,9 +44,33 @@ def full_report() -> Report:
             Step(StepName.ACTIVATIONS, StepVerdict.FAILED, 0.87, 0.06, (0.04, 0.08), "", 1.25),
             Step(StepName.WEIGHTS, StepVerdict.FAILED, 0.5, 0.43, None, "", 2.0, both),
             *not_run,
-            Step(StepName.QUANTIZE_MODEL, StepVerdict.FAILED, 0.48, 0.45, (0.4, 0.5), "", 2.5),
+            Step(StepName.FIX_ACTIVATIONS, StepVerdict.FAILED, 0.87, 0.06, (0.04, 0.08), "", 4.0, draws),
+            Step(StepName.QUANTIZE_MODEL, StepVerdict.FAILED, 0.48, 0.45, (0.4, 0.5), "", 2.5, held_out),
         ),
-        remedies=(Remedy("cle", 0.5, 0.9, True, "helps beyond noise", 3.0),),
+        remedies=(
+            Remedy(
+                "cle",
+                0.5,
+                0.9,
+                True,
+                "the score rose beyond noise",
+                3.0,
+                gain=0.38,
+                interval=(0.3, 0.45),
+                note="12 classes of channels",
+                skipped={"head": "the step gets it"},
+            ),
+            Remedy(
+                "range_setting",
+                0.87,
+                None,
+                False,
+                "has that range already",
+                0.5,
+                step="fix_activations",
+                variant="min_max",
+            ),
+        ),
         coverage=Coverage(
             ("conv.weight", "conv", "head"),
             (

@@ -83,7 +83,7 @@ def refused_before_training(
         ({"target": {"activations": {"bit_width": 33}}}, r"`bit_width` must be .*got 33"),
         ({"target": "int9000"}, r"`target` must be one of \[.*'int8'.*got 'int9000'"),
         ({"export": ["tflite"]}, r"`export` may hold \['onnx', 'encodings', 'pt2'\], got \['tflite'\]"),
-        ({"remedies": ["cle", "prayer"]}, r"`remedies` may hold \['cle', 'high_bias_absorption', .*got \['prayer'\]"),
+        ({"remedies": ["cle", "prayer"]}, r"`remedies` may hold \['cle', 'per_channel', .*got \['prayer'\]"),
         ({"max_time": "soon"}, r"`max_time` must be a positive duration"),
         ({"monitor": ""}, r"`monitor` must be the name of a metric"),
         ({"when": "later"}, r"`when` must be one of"),
@@ -207,7 +207,7 @@ def test_no_early_warning_for_a_monitor_that_is_logged(tmp_path: Path, recwarn: 
     assert not [warning for warning in recwarn if "QuantDebug" in str(warning.message)]
 
 
-@pytest.mark.parametrize(("name", "values"), [("export", ["pt2"]), ("remedies", ["cle"])])
+@pytest.mark.parametrize(("name", "values"), [("export", ["pt2"]), ("remedies", ["bit_width"])])
 def test_what_this_version_does_not_run_is_said_and_reported(tmp_path: Path, name: str, values: list[str]) -> None:
     callback = debugger(**{name: values})
     started: list[int] = []

@@ -6,8 +6,21 @@ from typing import Any
 
 import pytest
 
-from lightning_quantdebug.flowchart import Decision, final_verdict, judge, next_step
+from lightning_quantdebug.flowchart import (
+    REMEDIES_OF,
+    Decision,
+    Try,
+    final_verdict,
+    judge,
+    judge_gain,
+    next_step,
+    next_try,
+    objective,
+    tries_of,
+)
 from lightning_quantdebug.report import Remedy, Report, Step, StepName, StepVerdict, Verdict
+from lightning_quantdebug.settings import REMEDIES
+from lightning_quantdebug.target import Kind
 
 NOW = frozenset({StepName.FP32_CHECK, StepName.ACTIVATIONS, StepName.WEIGHTS, StepName.QUANTIZE_MODEL})
 ALL = frozenset(StepName)
@@ -164,3 +177,94 @@ def test_final_verdict(steps: dict[StepName, StepVerdict], kept: bool | None, ex
     for step, verdict in steps.items():
         report = report.with_step(outcome(step, verdict))
     assert final_verdict(report) is expected
+
+
+def standing(step: StepName, verdict: StepVerdict, **details: StepVerdict) -> Step:
+    return Step(step, verdict, details={name: {"verdict": value.value} for name, value in details.items()})
+
+
+def test_where_only_the_two_together_lose_both_boxes_are_walked_with_all_quantizers_on() -> None:
+    report = Report().with_step(outcome(StepName.FP32_CHECK, PASSED)).with_step(outcome(StepName.ACTIVATIONS, PASSED))
+    report = report.with_step(standing(StepName.WEIGHTS, PASSED, both=FAILED))
+    assert next_step(report, ALL) == Decision(StepName.FIX_WEIGHTS)
+    assert objective(report, StepName.FIX_WEIGHTS) is None
+    report = report.with_step(standing(StepName.FIX_WEIGHTS, FAILED, both=FAILED, weights=PASSED, activations=PASSED))
+    assert next_step(report, ALL) == Decision(StepName.FIX_ACTIVATIONS)
+    assert objective(report, StepName.FIX_ACTIVATIONS) is None
+
+
+def test_a_box_measures_with_the_quantizers_of_its_own_kind() -> None:
+    report = Report().with_step(outcome(StepName.ACTIVATIONS, FAILED)).with_step(outcome(StepName.WEIGHTS, FAILED))
+    assert objective(report, StepName.FIX_WEIGHTS) is Kind.WEIGHT
+    assert objective(report, StepName.FIX_ACTIVATIONS) is Kind.ACTIVATION
+
+
+def test_what_a_repair_of_weights_does_to_activations_is_seen() -> None:
+    report = Report().with_step(outcome(StepName.FP32_CHECK, PASSED)).with_step(outcome(StepName.ACTIVATIONS, PASSED))
+    report = report.with_step(standing(StepName.WEIGHTS, FAILED, both=FAILED))
+    spoilt = standing(StepName.FIX_WEIGHTS, PASSED, both=FAILED, weights=PASSED, activations=FAILED)
+    assert next_step(report.with_step(spoilt), ALL) == Decision(StepName.FIX_ACTIVATIONS)
+    assert objective(report.with_step(spoilt), StepName.FIX_ACTIVATIONS) is Kind.ACTIVATION
+
+
+def test_a_repair_that_mends_both_ends_the_search() -> None:
+    report = Report().with_step(outcome(StepName.FP32_CHECK, PASSED)).with_step(outcome(StepName.ACTIVATIONS, FAILED))
+    report = report.with_step(standing(StepName.WEIGHTS, FAILED, both=FAILED))
+    report = report.with_step(standing(StepName.FIX_WEIGHTS, PASSED, both=PASSED))
+    decision = next_step(report, ALL)
+    assert decision is not None
+    assert (decision.step, decision.runs) == (StepName.FIX_ACTIVATIONS, False)
+    assert decision.advice == "Weights and activations together stay within the tolerance."
+    decision = next_step(report.with_step(Step(StepName.FIX_ACTIVATIONS, SKIPPED)), ALL)
+    assert decision is not None
+    assert (decision.step, decision.runs) == (StepName.PER_QUANTIZER, False)
+
+
+def test_every_remedy_of_a_box_is_one_that_the_user_can_name() -> None:
+    assert {name for box in REMEDIES_OF.values() for name in box} <= set(REMEDIES)
+    order = [name for name in REMEDIES if any(name in box for box in REMEDIES_OF.values())]
+    assert order == [name for box in REMEDIES_OF.values() for name in box]
+
+
+def test_remedies_come_in_the_order_of_the_chart_or_of_the_user() -> None:
+    assert [item.remedy for item in tries_of(StepName.FIX_WEIGHTS, None)] == list(REMEDIES_OF[StepName.FIX_WEIGHTS])
+    mine = ["activation_cle", "adaround", "range_setting", "cle", "adaround"]
+    assert tries_of(StepName.FIX_WEIGHTS, mine) == (Try("adaround"), Try("cle"))
+    activations = tries_of(StepName.FIX_ACTIVATIONS, mine)
+    assert activations[0] == Try("activation_cle")
+    assert [item.variant for item in activations[1:]] == ["mse", "percentile", "min_max", "cross_entropy", "batchnorm"]
+    assert tries_of(StepName.FIX_ACTIVATIONS, []) == ()
+
+
+def tried(*remedies: str, step: StepName = StepName.FIX_WEIGHTS, variant: str = "") -> Report:
+    return Report(
+        remedies=tuple(Remedy(name, 0.5, 0.6, True, "", 0.0, step=step.value, variant=variant) for name in remedies)
+    )
+
+
+def test_a_box_goes_on_until_it_is_good_or_has_nothing_left() -> None:
+    weights = StepName.FIX_WEIGHTS
+    assert next_try(Report(), weights, FAILED, None) == Try("cle")
+    assert next_try(tried("cle"), weights, FAILED, None) == Try("per_channel")
+    assert next_try(tried("cle"), weights, PASSED, None) is None
+    assert next_try(tried("cle"), weights, NOISE, None) is None
+    assert next_try(tried(*REMEDIES_OF[weights]), weights, FAILED, None) is None
+    assert next_try(tried("cle", step=StepName.FIX_ACTIVATIONS), weights, FAILED, None) == Try("cle")
+    ranges = tried("range_setting", step=StepName.FIX_ACTIVATIONS, variant="mse")
+    assert next_try(ranges, StepName.FIX_ACTIVATIONS, FAILED, None) == Try("range_setting", "percentile")
+
+
+@pytest.mark.parametrize(
+    ("gain", "interval", "kept", "reason"),
+    [
+        (0.1, (0.05, 0.15), True, "the score rose beyond noise"),
+        (0.1, (0.0, 0.2), False, "the gain can not be told from noise"),
+        (0.0, (0.0, 0.0), False, "the score did not rise"),
+        (-0.1, (-0.2, 0.0), False, "the score got worse"),
+        (float("nan"), None, False, "the gain is negligible (no interval is known)"),
+        (0.0011, None, True, "the score rose (no interval is known)"),
+        (0.0009, None, False, "the gain is negligible (no interval is known)"),
+    ],
+)
+def test_judge_gain(gain: float, interval: Any, kept: bool, reason: str) -> None:
+    assert judge_gain(gain, interval, permitted=0.01) == (kept, reason)

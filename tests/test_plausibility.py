@@ -107,7 +107,7 @@ def test_the_wrong_direction_is_told(mode: str, higher: bool | None, right: str 
 
 def test_what_is_asked_for_and_not_there_is_told() -> None:
     assert not_run(make_settings(monitor="a")) == []
-    assert not_run(make_settings(monitor="a", export=["onnx"], remedies=["cle"])) == [
+    assert not_run(make_settings(monitor="a", export=["onnx"], remedies=["cle", "bit_width"])) == [
         "`export=['onnx']` is not run: this version does not have it yet.",
-        "`remedies=['cle']` is not run: this version does not have it yet.",
+        "`remedies=['bit_width']` is not run: this version does not have it yet.",
     ]

@@ -274,7 +274,7 @@ def test_a_trace_names_every_operation() -> None:
     with torch.no_grad(), instrument(model, batch) as q:
         with q.traced(lambda name, result: seen.append(name)):
             model(batch)
-        assert [name for name in seen if name in q.operation_names] == q.operation_names
+        assert [name for name in seen if name in q.keys_by_name] == list(q.keys_by_name)
         count = len(seen)
         model(batch)
         assert len(seen) == count

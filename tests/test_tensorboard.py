@@ -66,6 +66,7 @@ def test_a_report_is_written_as_scalars_and_pages(tmp_path: Path) -> None:
             ("fp32_check", 0.93, 0.0),
             ("activations", 0.87, 0.06),
             ("weights", 0.5, 0.43),
+            ("fix_activations", 0.87, 0.06),
             ("quantize_model", 0.48, 0.45),
         ]
         for word, value in zip(("score", "loss"), values, strict=True)

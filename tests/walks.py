@@ -85,6 +85,16 @@ def walk(module: Any, **settings: Any) -> Report:
     return walked(module, **settings).report
 
 
+def walked_unrepaired(module: Any, monitor: str = "loss", trainer_settings: Any = None, **settings: Any) -> Diagnosis:
+    """The diagnosis after a walk that tries no remedy, for tests of everything else."""
+    return walked(module, monitor, trainer_settings, **{"remedies": (), **settings})
+
+
+def walk_unrepaired(module: Any, **settings: Any) -> Report:
+    """The report of :func:`walked_unrepaired`."""
+    return walked_unrepaired(module, **settings).report
+
+
 def broken(report: Report) -> Finding:
     """The finding of a walk that ``fp32_check`` has stopped, and nothing else."""
     assert report.verdict is Verdict.BROKEN_PIPELINE
