@@ -75,10 +75,7 @@ class BatchNormStatistics:
 
     def __init__(self, session: Instrumentation, deviations: float = RANGE_DEVIATIONS) -> None:
         """Look up what is needed; nothing is computed yet."""
-        named = (
-            *session.root.named_parameters(remove_duplicate=False),
-            *session.root.named_buffers(remove_duplicate=False),
-        )
+        named = (*session.root.named_parameters(), *session.root.named_buffers())
         self._tensors = {clean_path(name): tensor.detach().double() for name, tensor in named if tensor.ndim <= 1}
         self._keys = session.topology.shared_keys()
         self._plan = session.plan
