@@ -172,11 +172,20 @@ class LayerSampler:
 
     @property
     def samples(self) -> tuple[Samples, Samples] | None:
-        """The positions to learn from and those to judge by; ``None`` where there are fewer than two."""
+        """The positions to learn from and those to judge by; ``None`` where there is none for one of the two.
+
+        Positions that NaN or infinity has reached are left out.
+        """
         if self._sets is None:
             return None
-        training, held_out = (kept.samples for kept in self._sets)
-        if len(held_out) or len(training) < 2:
-            return (training, held_out) if len(held_out) else None
-        judging = torch.arange(len(training), device=training.x.device) % _HELD_OUT_EVERY == _HELD_OUT_AT
-        return training.part(~judging), training.part(judging)
+        training, held_out = (_finite(kept.samples) for kept in self._sets)
+        if not len(held_out):
+            judging = torch.arange(len(training), device=training.x.device) % _HELD_OUT_EVERY == _HELD_OUT_AT
+            training, held_out = training.part(~judging), training.part(judging)
+        return (training, held_out) if len(training) and len(held_out) else None
+
+
+def _finite(samples: Samples) -> Samples:
+    """The positions whose inputs and outputs are all finite."""
+    good = samples.x.isfinite().all(-1).all(-1) & samples.y.isfinite().all(-1).all(-1)
+    return samples if bool(good.all()) else samples.part(good)

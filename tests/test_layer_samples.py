@@ -90,6 +90,22 @@ def test_too_little_to_learn_from_and_to_judge_by() -> None:
     assert sampled(batches_of(1, 2, 1)) is not None
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_positions_that_are_not_finite_are_left_out(value: float) -> None:
+    batches = [x.clone() for x in batches_of(2, 10)]
+    batches[0][3, 1, 2] = value  # one input of one position to learn from
+    training, held_out = sampled(batches)
+    assert [len(training), len(held_out)] == [4 * 16 - 1, 4 * 4]
+    batches[1][:, 0] = value
+    training, held_out = sampled(batches)
+    assert [len(training), len(held_out)] == [4 * 8 - 1, 4 * 2]
+    assert sampled([torch.full((4, 2, 3), value)]) is None
+    sampler = LayerSampler(1 << 20, 0, 100)
+    sampler.add(torch.zeros(5, 3), torch.tensor([0.0, 1.0, value, 3.0, 4.0])[:, None], Geometry())
+    assert sampler.samples is not None
+    assert sampler.samples[0].y.flatten().tolist() == [0.0, 3.0, 4.0]
+
+
 def test_memory_is_bounded_and_more_batches_replace_earlier_positions() -> None:
     position = 4 * 3
     training, held_out = sampled(batches_of(50, 20), memory_limit=500 * position)
