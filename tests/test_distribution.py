@@ -72,7 +72,7 @@ def test_each_number_is_its_definition(shape, axis, offset):
 
 
 @given(st.lists(VALUES, min_size=2, max_size=24), st.integers(1, 7), st.integers(1, 3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_how_the_values_were_cut_does_not_matter(rows, batch_size, split):
     x = torch.tensor(rows)
     whole = values_of(seen(1, x))
@@ -107,6 +107,8 @@ def test_values_that_are_not_finite_are_counted_and_ignored():
     assert found["range_max"][[0, 2]].tolist() == [1.0, 4.0]
     assert found["mean"][[0, 2]] == pytest.approx([-2 / 3, 3.0])
     assert found["zero_share"][[0, 2]] == pytest.approx([1 / 3, 0.0])
+    assert found["variance"][[0, 2]] == pytest.approx([np.var([1, -3, 0]), 1.0])
+    assert found["kurtosis"][2] == pytest.approx(1.0)
     assert all(np.isnan(found[name][1]) for name in ("range_min", "range_max", "mean", "variance", "zero_share"))
 
 
@@ -126,6 +128,19 @@ def test_memory_does_not_grow_with_the_batches():
         statistics.observe(normal(50, 4))
         sizes.add(sum(value.numel() for value in vars(statistics._moments).values()))
     assert sizes == {5 * 4}
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((8, 3, 64, 64), 1), ((3, 100_000), 0), ((100_000, 3), 1)])
+def test_a_large_batch_is_taken_in_parts(shape, axis, monkeypatch):
+    monkeypatch.setattr("lightning_quantdebug.distribution.BLOCK_SIZE", 2**14)
+    sizes = []
+    take = ChannelStatistics._take
+    monkeypatch.setattr(ChannelStatistics, "_take", lambda self, rows: (sizes.append(rows.numel()), take(self, rows)))
+    x = normal(*shape)
+    found = seen(axis, x)
+    assert max(sizes) <= 2**14
+    assert sum(sizes) == x.numel()
+    assert found.count.tolist() == [x.numel() // 3] * 3
 
 
 def test_the_observed_tensor_is_left_alone_and_may_need_gradients():
