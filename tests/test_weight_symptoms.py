@@ -101,8 +101,22 @@ def test_random_signs_gain_where_errors_add_up_over_inputs_that_go_together():
     alone = normal(256, 64, seed=2)
     (found,) = measured(linear(weight), [together], "int8").values()
     assert found.sign_gain > 6.0
-    (found,) = measured(linear(weight), [alone], "int8").values()
-    assert abs(found.sign_gain) < 1.5
+    # A shift of every sample is no such error: it is the bias that is to be corrected.
+    for inputs in (alone, alone + 3.0):
+        (found,) = measured(linear(weight), [inputs], "int8").values()
+        assert abs(found.sign_gain) < 1.5
+
+
+def test_a_custom_quantizer_is_measured_as_it_is_and_no_other_range_is_foretold():
+    weight = normal(64, 64)
+    weight[3, 5] = 12.0
+    x = normal(32, 64, seed=1)
+    target = {"preset": "w4a8_per_tensor", "weights": {"range_setting": "min_max"}}
+    (ours,) = measured(linear(weight), [x], target).values()
+    custom = {**target, "quantizer": "tests.faulty_quantizers.Flooring"}
+    (theirs,) = measured(linear(weight), [x], custom).values()
+    assert theirs.sqnr_db < ours.sqnr_db - 1
+    assert (ours.clipping_gain != 0, theirs.clipping_gain) == (True, 0.0)
 
 
 def test_the_error_of_one_layer_is_not_that_of_the_layers_before():
@@ -158,9 +172,11 @@ def test_output_and_input_channels_are_found_in_every_layer(layer, shape, output
     with torch.no_grad():
         layer.weight.copy_(normal(*layer.weight.shape, seed=1).sign())
         columns = layer.weight.movedim(0 if transposed else 1, 0)
-        columns.mul_(torch.logspace(-2, 2, len(columns)).view(-1, *[1] * (columns.ndim - 1)))
+        columns.mul_(torch.logspace(2, -2, len(columns)).view(-1, *[1] * (columns.ndim - 1)))
     (found,) = measured(nn.Sequential(layer), [x]).values()
     assert (found.input_ratio > 5) == inputs
+    if inputs:
+        assert found.narrowest == len(columns) - 1
 
 
 def test_a_recurrent_layer_has_its_weights_measured_one_by_one():
@@ -208,6 +224,13 @@ def test_a_lost_channel_does_no_more_harm_than_that():
     weight[0] *= 1e-4  # All of it rounds to 0: as much noise as signal.
     (found,) = measured(linear(weight), [normal(64, 16, seed=1)]).values()
     assert found.sqnr_db == pytest.approx(10 * math.log10(4), abs=0.1)
+    # Of ten inputs that are all about 1, four times 0.6 and six times -0.4 steps make nothing; rounded, they make 4.
+    weight = normal(4, 10)
+    weight[1] *= 1 / weight[1].abs().max()
+    weight /= weight.abs().max()
+    weight[0] = torch.tensor([0.6] * 4 + [-0.4] * 6) / 127
+    (found,) = measured(linear(weight), [1 + 0.01 * normal(64, 10, seed=1)]).values()
+    assert found.sqnr_db == pytest.approx(10 * math.log10(4), abs=0.5)
 
 
 def test_what_remedies_correct_while_a_weight_is_quantized_counts():
