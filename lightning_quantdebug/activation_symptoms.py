@@ -52,7 +52,6 @@ class ActivationSymptoms:
         uneven_gain: With the range of the median channel, rounding noise alone.
         channels: How many channels there are.
         dead: Channels that are 0 throughout.
-        constant: Whether all values are the same.
         is_output: Whether the network returns it, so that no later layer can make up for anything.
         observed: Least and greatest value.
     """
@@ -72,7 +71,6 @@ class ActivationSymptoms:
     uneven_gain: float = 0.0
     channels: int = 1
     dead: tuple[int, ...] = ()
-    constant: bool = False
     is_output: bool = False
     observed: tuple[float, float] = (0.0, 0.0)
 
@@ -259,7 +257,6 @@ def _symptoms(
         bulk_gain=width_gain((low, high), bulk),
         bulk=bulk,
         unused_gain=width_gain((float(encoding.range_min), float(encoding.range_max)), (low, high)),
-        constant=low == high,
         observed=(low, high),
         **_short_side(histogram, quantizer),
     )

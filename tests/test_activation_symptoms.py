@@ -100,7 +100,7 @@ def test_damage_at_the_ends(exact, moved, expected):
 
 def test_the_bulk_leaves_out_one_in_a_thousand():
     values = normal(200_000)
-    values[:20] = 500.0
+    values[:20] = 8.0
     observer = Observer(values_per_sample=None)
     observer.observe(values)
     low, high = bulk_range(observer.histogram, observer.range_min, observer.range_max)
@@ -223,6 +223,35 @@ def test_the_guiltiest_come_first_and_the_innocent_are_left_out():
     assert min(damages) >= damages[0] / 4
     assert "input" not in found
     assert len(measured(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)), [normal(8, 4)], most=2)) == 2
+
+
+def test_each_quantizer_is_judged_alone():
+    torch.manual_seed(0)
+    net, x = (
+        nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(),
+        normal(32, 8),
+    )
+    found = measured(net, [x], "w8a4")
+    assert len(found) == 4
+    with instrument(net, x, "w8a4") as session, torch.no_grad():
+        session.calibrate([x])
+        exact = net(x)
+        for name, item in found.items():
+            with session.modes("quantize", name):
+                assert item.damage == pytest.approx(damage(exact, net(x)), rel=1e-6)
+
+
+def test_of_joined_tensors_the_one_with_most_values_is_looked_at():
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = nn.Linear(4, 8), nn.Linear(4, 2), nn.Linear(10, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.cat([self.one(x), self.two(x)], 1))
+
+    torch.manual_seed(0)
+    assert measured(Joined(), [normal(32, 4)])["cat"].channels == 10
 
 
 def test_only_what_nothing_reads_any_more_is_an_output():
