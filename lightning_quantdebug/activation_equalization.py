@@ -48,7 +48,8 @@ from lightning_quantdebug.target import QuantSpec
 
 # Xiao et al. 2023 found 0.4 to 0.6 good for most networks and 0.75 where outliers are stronger.
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-# Errors are measured on two batches; between two halves of a batch of 64 they were measured to differ by about 1 %.
+# Errors are measured on two batches. Of the 43 stages of a MobileNetV2 with random weights, half had errors on two
+# batches of 4 that differed by less than 0.01 %, the worst by 8 %: less than 2 % is no gain to count on.
 _WORTHWHILE = 0.98
 _BATCHES = 2
 

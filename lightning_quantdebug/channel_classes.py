@@ -59,7 +59,9 @@ class ChannelClasses:
         if pairs.numel() == 0:
             return
         before = self.labels
-        pairs = torch.unique(pairs, dim=1)
+        count = len(self.labels)
+        once = each_once(pairs.amin(0) * count + pairs.amax(0))
+        pairs = torch.stack([once // count, once % count])
         # Least labels spread until both sides of every pair have the same; each round joins at least one more pair.
         while pairs.numel():
             low, high = pairs.amin(0), pairs.amax(0)
@@ -120,18 +122,17 @@ class ChannelClasses:
 
     def reason(self, numbers: Tensor) -> str:
         """Why the first of some numbers that is pinned is; empty if none is or nothing was said."""
-        return self._text(self._reasons, numbers[self.labels[numbers] == PINNED])
-
-    def marks(self, numbers: Tensor) -> str:
-        """Why no constant can be taken out of the sets of some numbers; empty where one can."""
-        members = torch.isin(self.labels, self._sets_of(numbers)).nonzero().flatten()
-        return self._text(self._marks, members)
-
-    def _text(self, codes: Tensor, numbers: Tensor) -> str:
-        """The first text that was noted for some numbers."""
-        found = codes[numbers]
+        found = self._reasons[numbers[self.labels[numbers] == PINNED]]
         found = found[found > 0]
         return self._texts[int(found[0])] if found.numel() else ""
+
+    def marks(self, numbers: Tensor) -> list[str]:
+        """For each of some numbers, ``(C,)``, why no constant can be taken out of its set; empty where one can."""
+        never = len(self._texts)
+        noted = torch.where(self._marks > 0, self._marks, never)
+        first = torch.full_like(noted, never).scatter_reduce_(0, self.labels, noted, "amin")
+        texts = [*self._texts, ""]
+        return [texts[code] for code in first[self.labels[numbers]].tolist()]
 
     def _explain(self, sets: Tensor, codes: Tensor, reason: str, labels: Tensor | None = None) -> None:
         """Note a text for every number of some sets, by the present or by given labels, that has none yet."""

@@ -240,7 +240,7 @@ def _groups(
             left.append((layer.name, why))
     names = {layer.key: layer.name for layer in session.layers}
     left += [(names[key], why) for key, why in fixed.items()]
-    stuck = tuple(classes.marks(label[None]) for label in kept)
+    stuck = tuple(classes.marks(kept))
     parameters = {key: part for key, n in traced.parameters.items() if (part := numbered(n)).ge(0).any()}
     clipped = {key: part for key, n in traced.clipped.items() if (part := numbered(n)).ge(0).any()}
     sides = [side for each in found for side in (each.rows, each.columns)]
