@@ -110,6 +110,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--json", type=Path, default=RESULTS, help="where figures are kept; default: %(default)s")
     arguments = parser.parse_args()
+    if not arguments.data.is_file():
+        print(f"Skipped: there are no images at {arguments.data}. Give the CIFAR-10 subset with --data.")
+        return
     torch.set_num_threads(1)
     images = load_images(arguments.data)
     started = time.perf_counter()

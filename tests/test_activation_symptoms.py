@@ -28,6 +28,11 @@ from lightning_quantdebug.weight_symptoms import MOST_BATCHES
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -225,8 +230,20 @@ def test_the_guiltiest_come_first_and_the_innocent_are_left_out():
     assert len(measured(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)), [normal(8, 4)], most=2)) == 2
 
 
+def test_a_tensor_with_one_number_for_each_sample_has_no_channels():
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).mean((1, 2, 3)) * 2.0
+
+    found = measured(Mean(), [normal(8, 3, 6, 6)])["mean"]
+    assert (found.channels, found.outlier_channels) == (1, ())
+
+
 def test_each_quantizer_is_judged_alone():
-    torch.manual_seed(0)
     net, x = (
         nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(),
         normal(32, 8),
@@ -250,7 +267,6 @@ def test_of_joined_tensors_the_one_with_most_values_is_looked_at():
         def forward(self, x: Tensor) -> Tensor:
             return self.head(torch.cat([self.one(x), self.two(x)], 1))
 
-    torch.manual_seed(0)
     assert measured(Joined(), [normal(32, 4)])["cat"].channels == 10
 
 
@@ -264,7 +280,6 @@ def test_only_what_nothing_reads_any_more_is_an_output():
             y = self.one(x)
             return y, self.two(y)
 
-    torch.manual_seed(0)
     found = measured(Both(), [normal(32, 4)])
     assert {name: item.is_output for name, item in found.items()} == {"input": False, "one": False, "two": True}
 

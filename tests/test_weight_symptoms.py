@@ -16,6 +16,11 @@ from lightning_quantdebug.weight_symptoms import MOST_BATCHES, WeightSymptoms, d
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -120,7 +125,6 @@ def test_a_custom_quantizer_is_measured_as_it_is_and_no_other_range_is_foretold(
 
 
 def test_the_error_of_one_layer_is_not_that_of_the_layers_before():
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     x = normal(64, 8)
     both = measured(net, [x])
@@ -134,7 +138,6 @@ def test_the_error_of_one_layer_is_not_that_of_the_layers_before():
 
 
 def test_folded_weights_are_measured_against_folded_weights():
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
     with torch.no_grad():
         net[1].weight.copy_(torch.logspace(-3, 3, 6))
@@ -180,7 +183,6 @@ def test_output_and_input_channels_are_found_in_every_layer(layer, shape, output
 
 
 def test_a_recurrent_layer_has_its_weights_measured_one_by_one():
-    torch.manual_seed(0)
     net = nn.LSTM(4, 8, batch_first=True)
     found = measured(net, [normal(3, 6, 4)], "int8")
     assert set(found) == {"weight_ih_l0", "weight_hh_l0"}
@@ -197,7 +199,6 @@ def test_a_weight_that_two_layers_use_has_the_worse_result():
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(self.layer(x) * 3)
 
-    torch.manual_seed(0)
     net = Twice()
     x = normal(32, 6)
     (found,) = measured(net, [x]).values()
@@ -254,7 +255,6 @@ def test_what_remedies_correct_while_a_weight_is_quantized_counts():
 
 
 def test_only_the_first_batches_are_run_and_nothing_of_the_session_changes():
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     batches = list(normal(64, 4).split(8))
     with instrument(net, batches[0], "int8") as session:
