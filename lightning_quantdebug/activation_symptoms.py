@@ -75,7 +75,9 @@ class ActivationSymptoms:
     observed: tuple[float, float] = (0.0, 0.0)
 
 
-def activation_symptoms(session: Instrumentation, runs: Runs, most: int) -> list[ActivationSymptoms]:
+def activation_symptoms(
+    session: Instrumentation, runs: Runs, most: int, least_share: float = 0.25
+) -> list[ActivationSymptoms]:
     """Find the quantizers of activations that move the output most, and measure what ails them.
 
     Runs the network once for each quantizer on the first batch, and once on each of the first few batches.
@@ -84,13 +86,14 @@ def activation_symptoms(session: Instrumentation, runs: Runs, most: int) -> list
         session: Calibrated. Modes, observers and encodings are as before afterwards.
         runs: The calibration batches.
         most: How many quantizers to look at.
+        least_share: Those with a smaller share of the first one's damage are left out.
 
     Returns:
-        The guiltiest first; those with less than a quarter of the first one's damage are left out.
+        The guiltiest first.
     """
     damages = _damages(session, runs)
     ranked = sorted(damages, key=lambda name: -damages[name])[:most]
-    guilty = [name for name in ranked if damages[name] > 0.0 and damages[name] >= damages[ranked[0]] / 4]
+    guilty = [name for name in ranked if damages[name] >= max(least_share * damages[ranked[0]], 1e-30)]
     axes = {name: channel_axis(session, name) for name in guilty}
     statistics = _channel_statistics(session, runs, axes)
     returned = _returned(session)
