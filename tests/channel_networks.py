@@ -254,6 +254,20 @@ def scripted() -> nn.Module:
     return Net(lambda m, x: m.b(m.s(m.a(x))), a=conv(3, 4), s=torch.jit.script(nn.Hardtanh(-0.1, 0.1)), b=conv(4, 2))
 
 
+def write_largest(flat: Tensor, x: Tensor) -> None:
+    """Writes into a part of a tensor as one of two results."""
+    found = (flat[:, :108], torch.empty(2, 108, dtype=torch.int64))
+    torch.max(x.flatten(1).unsqueeze(2), 2, out=found)
+
+
+def product_in_place(m: Net, x: Tensor) -> Tensor:
+    """Scales get into a tensor that had none, and are read through a view that was made before."""
+    y = x * 1
+    view = y.view(len(x), -1)
+    y.mul_(m.a(x))
+    return m.b(y) + m.c(view.view_as(y))
+
+
 def leaves_torch(x: Tensor) -> Tensor:
     return torch.from_numpy(x.detach().numpy() + 1)
 

@@ -86,6 +86,7 @@ def test_every_topology(name: str) -> None:
         ("set by index", "a", "setitem writes it into another tensor"),
         ("written through a view", "a", "add reads it"),
         ("copied into a view", "a", "copy_ reads it"),
+        ("gru", "a", "the weight of gru can not be scaled channel by channel"),
         ("lstm", "r", "the weight of lstm can not be scaled channel by channel"),
         ("parameter by matmul", "matmul", "the weight of matmul can not be scaled channel by channel"),
     ],
@@ -102,6 +103,32 @@ def test_groups_hold_on_both_batches() -> None:
         assert groups.count == 6
     with traced(DataDependent().eval(), positive, -positive) as (_, _, groups):
         assert groups.count == 0
+
+
+def _turned(m: Net, x: Tensor) -> Tensor:
+    """The columns of b read other channels of a where the input is negative."""
+    y = m.a(x)
+    return m.b(F.relu(y) if float(x.sum()) > 0 else F.relu(y).flip(1))
+
+
+def _turned_and_back(m: Net, x: Tensor) -> Tensor:
+    """The bounds of one activation hold for other channels where the input is negative."""
+    turn, y = float(x.sum()) > 0, m.a(x)
+    y = F.relu6(y.flip(1) if turn else y)
+    return m.b(y.flip(1) if turn else y)
+
+
+@pytest.mark.parametrize("forward", [_turned, _turned_and_back])
+def test_what_meets_in_different_runs_has_one_scale(forward: Callable[..., Tensor]) -> None:
+    positive = torch.rand(2, 3, 4, 4)
+    model = Net(forward, a=conv(3, 4), b=conv(4, 2)).eval()
+    with torch.no_grad():
+        model.a.weight.mul_(20)
+    with traced(model, positive) as (_, _, groups):
+        assert groups.count == 4
+    with traced(model, positive, -positive) as (session, runs, groups):
+        assert groups.count == 2
+        assert change(session, runs, groups) <= 1e-5
 
 
 def test_a_network_that_differs_is_traced_on_every_batch() -> None:
