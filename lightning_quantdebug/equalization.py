@@ -137,8 +137,8 @@ class _Stage:
         self.writing = [found for found in groups.layers if self._has(found.rows)]
         self.reading = [found for found in groups.layers if self._has(found.columns)]
         self._magnitudes = magnitudes
-        # A layer that reads and writes the same stage, as in x + conv(x), would overshoot. With whole steps a stage of 4
-        # such layers was measured to take 37 sweeps, one of 16 more than 100; with half steps they take 5 and 4.
+        # A layer that reads and writes the same stage, as in x + conv(x), would overshoot. With whole steps a stage of
+        # 4 such layers was measured to take 37 sweeps, one of 16 more than 100; with half steps they take 5 and 4.
         self._damping = 0.5 if set(map(id, self.writing)) & set(map(id, self.reading)) else 1.0
 
     def _has(self, side: Tensor) -> bool:

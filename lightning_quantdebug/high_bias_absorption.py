@@ -135,8 +135,10 @@ def _constants(session: Instrumentation, found: LayerChannels, floor: Tensor) ->
     """What can be taken out of each output channel of a layer, ``(C_out,)``; NaN, seen or computed, gives 0."""
     constant, fold = floor, found.layer.fold
     adjustment = session.adjustments.get(found.layer.key, Adjustment())
-    # Behind an absorption the statistics of the normalization are no longer those of the output.
-    if fold is not None and not fold.forward and adjustment.bias_offset is None:
+    if fold is not None and not fold.forward:
+        if adjustment.bias_offset is not None:
+            # What was absorbed and what was taken in can not be told apart: the normalization says nothing any more.
+            return torch.zeros_like(floor)
         scale = torch.ones(()) if adjustment.bias_scale is None else adjustment.bias_scale.cpu()
         beta = torch.zeros(()) if fold.bias is None else _named(session, fold.bias)
         gamma = torch.ones(()) if fold.weight is None else _named(session, fold.weight)

@@ -85,7 +85,7 @@ def test_one_unusual_sample_bounds_what_is_taken() -> None:
         batch[7] = -20 * away / away.square().sum()
         outputs = model[0](batch)
     assert outputs[7, 0] == pytest.approx(0.0, abs=1e-4)
-    _, before, after, error = absorbed(model, batch)
+    _, before, after, error = absorbed(model, batch[:100], batch[100:])
     np.testing.assert_allclose(before["0"] - after["0"], floors(outputs, 1), rtol=1e-5, atol=1e-5)
     assert float(after["0"][0]) == pytest.approx(float(before["0"][0]), abs=1e-3)
     assert error <= 1e-5
@@ -110,6 +110,35 @@ def test_batch_normalization_bounds_what_is_taken(equalized: bool) -> None:
             scale = next(iter(session.adjustments.values())).bias_scale
     _, before, after, error = absorbed(model, batch, first=equalized)
     np.testing.assert_allclose((before["0"] - after["0"]) / scale, [7.0, 1.0, 0.0, 0.0], rtol=1e-4, atol=1e-5)
+    assert error <= 1e-5
+
+
+def test_what_a_normalization_permits_is_taken_once() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 4), norm(4), nn.ReLU(), conv(4, 2)).eval()
+    with torch.no_grad():
+        model[1].bias.fill_(10.0)
+    batch = 0.01 * torch.randn(2, 3, 6, 6)
+    with instrument(model, batch) as session:
+        session.calibrate([batch])
+        runs = batch_runs(session, [batch])
+        assert absorb_high_bias(session, runs).changed == ("0", "3")
+        assert absorb_high_bias(session, runs).changed == ()
+
+
+def test_a_normalization_ahead_of_a_layer_says_nothing_of_its_output() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(4), raised(conv(4, 4)), nn.ReLU(), conv(4, 2)).eval()
+    batch = torch.randn(2, 4, 6, 6)
+    with instrument(model, batch) as session:
+        fold = session.layers[0].fold
+        assert fold is not None
+        assert fold.forward
+    with torch.no_grad():
+        c = floors(model[:2](batch), 1)
+    _, before, after, error = absorbed(model, batch)
+    np.testing.assert_allclose(before["1"] - after["1"], c, rtol=1e-4)
+    assert c.max() > 10
     assert error <= 1e-5
 
 
@@ -193,6 +222,17 @@ def test_not_a_number_is_no_floor() -> None:
     batch[0, 0] = float("nan")
     applied, _, _, _ = absorbed(model, torch.randn(8, 4), batch)
     assert applied.changed == ()
+
+
+def test_one_channel_that_is_not_a_number_keeps_none_of_the_others_from_giving() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(raised(conv(3, 4)), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4)).eval()
+    with torch.no_grad():
+        model[0].bias[1] = float("nan")
+    applied, before, after, _ = absorbed(model, torch.randn(2, 3, 6, 6))
+    assert applied.changed == ("0", "2")
+    assert applied.note.startswith("2 channels gave up to 2")
+    assert float(before["0"][0] - after["0"][0]) > 10
 
 
 def test_too_much_is_found_out_and_undone(monkeypatch: pytest.MonkeyPatch) -> None:
