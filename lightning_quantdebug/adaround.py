@@ -25,7 +25,6 @@ from torch import Tensor
 from lightning_quantdebug.adjustment import Adjustment, Applied
 from lightning_quantdebug.dataflow import Flow
 from lightning_quantdebug.encoding import Encoding
-from lightning_quantdebug.fake_quantize import fake_quantize
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.interception import OpKey
 from lightning_quantdebug.layer_patches import LayerArguments, from_rows, layer_arguments, to_rows
@@ -136,6 +135,8 @@ def _reason_to_skip(session: Instrumentation, layer: Layer) -> str:
     return ""
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def _learn_layer(
     session: Instrumentation, runs: Runs, layer: Layer, settings: AdaRoundSettings, is_late: Callable[[], bool]
 ) -> _Outcome:
@@ -157,10 +158,9 @@ def _learn_layer(
         ratio = error / nearest if nearest else 1.0
         return _Outcome(f"on held-out samples its error was {ratio:.3g} of nearest rounding's: kept nearest", ratio)
     weight = arguments.weight.detach()
-    adjustment = _correction(weight, from_rows(learned, arguments.geometry, weight.shape), encoding)
-    if adjustment is None:
-        return _Outcome(f"{arguments.weight.dtype} is too coarse to hold its levels")
-    session.adjust({layer.key: adjustment})
+    # What float32 and coarser types lose of the sum is less than half a step: the quantizer finds the same levels.
+    correction = from_rows(learned, arguments.geometry, weight.shape) - weight.float()
+    session.adjust({layer.key: Adjustment(weight_correction=correction)})
     layer.quantizer.freeze()
     return _Outcome(ratio=error / nearest)
 
@@ -218,17 +218,23 @@ def _problem(arguments: LayerArguments, encoding: Encoding, bounds: tuple[Tensor
     """A layer in rows, in float32."""
     weight, geometry = arguments.weight.detach().float(), arguments.geometry
     rows = to_rows(weight, geometry).contiguous()
-    per_weight = (encoding.scale, encoding.lowest_step, encoding.highest_step)
     outputs = rows.shape[:2]
     bias = rows.new_zeros(outputs) if arguments.bias is None else arguments.bias.detach().float().reshape(outputs)
-    ends = [torch.full_like(bias, end) for end in (-math.inf, math.inf)]
+    low, high = (torch.full_like(bias, end) for end in (-math.inf, math.inf))
     if bounds is not None:
-        ends = [end.to(bias).reshape(outputs) for end in bounds]
+        low, high = (end.to(bias).reshape(outputs) for end in bounds)
+
+    def in_rows(value: Tensor) -> Tensor:
+        return to_rows(_of_each_weight(value, weight, encoding), geometry).contiguous()
+
     return RoundingProblem(
-        rows,
-        *(to_rows(_of_each_weight(value, weight, encoding), geometry).contiguous() for value in per_weight),
-        bias,
-        *ends,
+        weight=rows,
+        scale=in_rows(encoding.scale),
+        lowest=in_rows(encoding.lowest_step),
+        highest=in_rows(encoding.highest_step),
+        bias=bias,
+        low=low,
+        high=high,
     )
 
 
@@ -289,12 +295,3 @@ def _clip_behind(
         return None
     low, high = bounds
     return shared[follower.key], -math.inf if low is None else low, math.inf if high is None else high
-
-
-def _correction(weight: Tensor, levels: Tensor, encoding: Encoding) -> Adjustment | None:
-    """What puts a weight on its learned levels, ``None`` if the weight's dtype can not hold them."""
-    correction = levels - weight.float()
-    moved = (weight.float() + correction).to(weight.dtype)
-    if not torch.equal(fake_quantize(moved, encoding), levels.to(weight.dtype)):
-        return None
-    return Adjustment(weight_correction=correction)

@@ -19,13 +19,18 @@ What differs from the paper and from AIMET, which take the error as it is:
 * The error counts in units of the error that nearest rounding makes on the same inputs, times the number of weights, so
   that one ``lambda`` holds for outputs of any range, any layer size, batch size and number of tokens. A planted factor
   of 1000 in the outputs changes nothing.
-* Steps are fifty times as large and fifteen times as few. On the layers of a small MobileNet at 4 bits per tensor, the
-  error against nearest rounding is 0.476 (geometric mean) with AIMET's 15,000 steps at 1e-3 and with our 1000 at 5e-2;
-  it is 0.485 with 300 steps at 0.2 and with 500 at 0.05, and 0.475 with 2000. ``lambda`` from 5 to 20 gives 0.475 to
-  0.476, 1 leaves weights undecided that hard rounding then spoils (0.481), 60 decides too early (0.482).
+* Steps are fifty times as large and fifteen times as few, which costs nothing (figures below).
 * It ends once every weight is decided, after about nine tenths of the steps. There is no earlier plateau to stop at:
   the error after hard rounding falls in the last third of the schedule, when ``beta`` gets low.
 * The gradient is written out: it takes ten lines, and neither gradient mode nor inference mode matters.
+
+Measured on nine layers of a small MobileNet at 4 bits per tensor, as error on held-out samples in that of nearest
+rounding, geometric mean: 0.476 with AIMET's 15,000 steps at 1e-3, 0.475 with our 1000 at 0.05; 0.486 with 500, 0.474
+with 2000, 0.490 with 1000 at 0.01. ``lambda`` from 3 to 20 gives 0.474 to 0.476; 1 leaves weights undecided that hard
+rounding then spoils, 60 decides too early (0.477, 0.480). 512 positions give 0.492, 2048 0.481, 8192 0.475. The
+activation in the loss is worth 1 to 13 % of a layer's error. On depthwise layers, where each channel's 2^9 roundings
+can all be tried, the result is within 0.2 to 2.2 % of the best. It is a local search all the same: eight weights whose
+inputs have two directions and little else can end at ten times the best, with AIMET's settings as with ours.
 """
 
 from __future__ import annotations
@@ -58,8 +63,7 @@ class AdaRoundSettings:
     Args:
         iterations: Steps of Adam for each layer, at most.
         batch_size: Positions in each step.
-        positions: Positions that are drawn of each layer to learn from, at most. 512 of them instead of 16384 cost a
-            fifth of the gain on the layers named above, 2048 a hundredth.
+        positions: Positions that are drawn of each layer to learn from, at most.
         learning_rate: Of Adam.
         regularization: ``lambda``, in units of the error of nearest rounding per weight.
         beta: First and last exponent of the regularizer.
