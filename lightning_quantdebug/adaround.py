@@ -259,6 +259,13 @@ def activation_bounds(session: Instrumentation, layer: Layer, outputs: int) -> t
     Returns:
         The lower and the upper end of each channel, ``(outputs,)``, infinite where there is none; ``None`` where no
         such activation follows in every recorded run.
+
+    Examples:
+        >>> from lightning_quantdebug.instrument import instrument
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.ReLU6())
+        >>> with instrument(model, torch.ones(1, 4)) as session:
+        ...     activation_bounds(session, session.layers[0], 2)
+        (tensor([0., 0.]), tensor([6., 6.]))
     """
     shared = session.topology.shared_keys()
     found = {_clip_behind(session, op, shared) for op in session.topology if shared[op.key] == layer.key}
