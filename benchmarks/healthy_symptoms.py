@@ -22,7 +22,7 @@ from lightning_quantdebug.instrument import batch_runs
 from lightning_quantdebug.weight_symptoms import WeightSymptoms, weight_symptoms
 
 TARGETS = ("int8", "int8_per_tensor", "w4a8", "w4a8_per_tensor", "w4a4_per_tensor", "w8a4")
-WEIGHT_GAINS = ("by_output_gain", "by_input_gain", "clipping_gain", "unbiased_gain", "sign_gain")
+WEIGHT_GAINS = ("even_gain", "clipping_gain", "unbiased_gain", "sign_gain")
 WEIGHT_RATIOS = ("output_ratio", "input_ratio", "peak")
 ACTIVATION_GAINS = ("damage", "bulk_gain", "outlier_gain", "uneven_gain", "range_gain", "unused_gain")
 

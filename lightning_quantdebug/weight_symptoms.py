@@ -1,10 +1,10 @@
 """What ails the weights: how much each possible cause costs at the output of each layer, in dB.
 
 A cause is measured by taking it away. Each layer sees its FP32 input and runs with its weight as the target quantizes
-it, and then with weights quantized as if one thing were healed: every output channel or every input channel with a
-range of its own, a clipped range, rounding errors with random signs. What that gains in SQNR of the layer's output is
-what the cause costs, on one scale for all layers, bit-widths and networks. The layers' errors are apart, as no layer
-gets an input that another has spoilt, and a batch is run once, with nothing kept of it.
+it, and then with weights quantized as if one thing were healed: all input and output channels of one range, a clipped
+range, rounding errors with random signs. What that gains in SQNR of the layer's output is what the cause costs, on one
+scale for all layers, bit-widths and networks. The layers' errors are apart, as no layer gets an input that another has
+spoilt, and a batch is run once, with nothing kept of it.
 
 SQNR is that of the average channel: ``-10 * log10(mean over c of min(1, noise_c / signal_c))``. The next layer may make
 a small channel as important as a large one (equalization lives on that), so that sums over all channels would hide a
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +38,7 @@ MOST_BATCHES = 4
 """Calibration batches that are looked at: gains are ratios of sums over thousands of outputs, and settle early."""
 
 # As quantized now, and with one thing healed each.
-_NOW, _BY_OUTPUT, _BY_INPUT, _CLIPPED, _RANDOM = "now", "by_output", "by_input", "clipped", "random"
+_NOW, _EVEN, _CLIPPED, _RANDOM = "now", "even", "clipped", "random"
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class WeightSymptoms:
         quantizer: Name of the weight's quantizer.
         bit_width: Its bits.
         sqnr_db: SQNR of the output's average channel with the weight quantized and everything else in FP32.
-        by_output_gain: With a range for each output channel.
-        by_input_gain: With a range for each input channel.
+        even_gain: With every input and every output channel brought to one range.
         clipping_gain: With the range of least squared error.
         unbiased_gain: With the mean error of each output channel taken away.
         sign_gain: With random signs of the rounding errors, the mean errors taken away from both: above 0 the errors
@@ -65,8 +64,7 @@ class WeightSymptoms:
     quantizer: str
     bit_width: int
     sqnr_db: float
-    by_output_gain: float = 0.0
-    by_input_gain: float = 0.0
+    even_gain: float = 0.0
     clipping_gain: float = 0.0
     unbiased_gain: float = 0.0
     sign_gain: float = 0.0
@@ -160,8 +158,7 @@ class _Measured:
             quantizer=self.layer.quantizer.name,
             bit_width=self.layer.quantizer.bit_width,
             sqnr_db=sqnr[_NOW],
-            by_output_gain=gains.get(_BY_OUTPUT, 0.0),
-            by_input_gain=gains.get(_BY_INPUT, 0.0),
+            even_gain=gains.get(_EVEN, 0.0),
             clipping_gain=gains.get(_CLIPPED, 0.0),
             unbiased_gain=spread[_NOW] - sqnr[_NOW],
             sign_gain=spread[_RANDOM] - spread[_NOW],
@@ -217,14 +214,9 @@ def _variants(layer: Layer, weight: Tensor, adjustment: Adjustment) -> dict[str,
     """The weight as it is quantized now, and with one thing healed each."""
     quantizer, correction = layer.quantizer, adjustment.weight_correction
     found = {_NOW: _quantized(quantizer, weight if correction is None else weight + correction)}
-    spec = replace(quantizer.spec, granularity=Granularity.PER_TENSOR, group_size=None)
-    by_output, by_input = _axes(layer, weight)
-    if by_output is not None and quantizer.spec.granularity is Granularity.PER_TENSOR:
-        own = replace(spec, granularity=Granularity.PER_CHANNEL)
-        ends = range_from_tensor(weight, own, by_output)
-        found[_BY_OUTPUT] = fake_quantize(weight, encoding_from_range(*ends, own, by_output))
-    if by_input is not None and quantizer.spec.granularity is not Granularity.PER_GROUP:
-        found[_BY_INPUT] = _equalized(quantizer, weight, by_input)
+    axes = [axis for axis in _axes(layer, weight) if axis is not None]
+    if axes and quantizer.spec.granularity is not Granularity.PER_GROUP and quantizer.factory is None:
+        found[_EVEN] = _equalized(quantizer, weight, axes)
     if quantizer.spec.effective_range_setting is not RangeSetting.MSE and quantizer.factory is None:
         clipped = replace(quantizer.spec, range_setting=RangeSetting.MSE)
         ends = range_from_tensor(weight, clipped, quantizer.channel_axis)
@@ -244,12 +236,14 @@ def _quantized(quantizer: Quantizer, weight: Tensor) -> Tensor:
         quantizer.mode = before
 
 
-def _equalized(quantizer: Quantizer, weight: Tensor, axis: int) -> Tensor:
-    """The weight on the quantizer's kind of grid after each channel along ``axis`` was brought to one magnitude."""
-    others = tuple(other for other in range(weight.ndim) if other != axis)
-    magnitude = weight.abs().amax(others, keepdim=True)
-    factor = magnitude.where(magnitude > 0, 1.0)
-    even = weight / factor
+def _equalized(quantizer: Quantizer, weight: Tensor, axes: Sequence[int]) -> Tensor:
+    """The weight on the quantizer's kind of grid after the channels along each axis were brought to one magnitude."""
+    even, factor = weight, torch.ones_like(weight)
+    for axis in reversed(axes):
+        others = tuple(other for other in range(weight.ndim) if other != axis)
+        magnitude = even.abs().amax(others, keepdim=True)
+        magnitude = magnitude.where(magnitude > 0, 1.0)
+        even, factor = even / magnitude, factor * magnitude
     ends = range_from_tensor(even, quantizer.spec, quantizer.channel_axis)
     return fake_quantize(even, encoding_from_range(*ends, quantizer.spec, quantizer.channel_axis)) * factor
 

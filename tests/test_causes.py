@@ -50,19 +50,19 @@ FEW_BITS = (Cause.TOO_FEW_BITS, "bit_width")
     ("changes", "expected"),
     [
         ({}, ROUNDING),
-        ({"by_output_gain": 12.1, "output_ratio": 4.1}, UNEVEN),
-        ({"by_input_gain": 12.1, "input_ratio": 4.1}, UNEVEN),
-        ({"by_output_gain": 12.0, "output_ratio": 4.1}, ROUNDING),
-        ({"by_input_gain": 12.1, "input_ratio": 3.9}, ROUNDING),
+        ({"even_gain": 12.1, "output_ratio": 4.1}, UNEVEN),
+        ({"even_gain": 12.1, "input_ratio": 4.1}, UNEVEN),
+        ({"even_gain": 12.0, "output_ratio": 4.1}, ROUNDING),
+        ({"even_gain": 12.1, "input_ratio": 3.9}, ROUNDING),
         ({"unbiased_gain": 12.1}, BIASED),
         ({"unbiased_gain": 12.0}, ROUNDING),
         ({"clipping_gain": 6.1, "peak": 6.1}, OUTLIERS),
         ({"clipping_gain": 6.0, "peak": 6.1}, ROUNDING),
         ({"clipping_gain": 6.1, "peak": 5.9}, ROUNDING),
-        ({"sqnr_db": 5.9}, FEW_BITS),
-        ({"sqnr_db": 6.1}, ROUNDING),
-        ({"sqnr_db": 5.9, "sign_gain": 6.1}, ROUNDING),
-        ({"sqnr_db": 5.9, "sign_gain": 6.0}, FEW_BITS),
+        ({"sqnr_db": 2.9}, FEW_BITS),
+        ({"sqnr_db": 3.1}, ROUNDING),
+        ({"sqnr_db": 2.9, "sign_gain": 6.1}, ROUNDING),
+        ({"sqnr_db": 2.9, "sign_gain": 6.0}, FEW_BITS),
     ],
 )
 def test_the_cause_of_a_layer(changes, expected):
@@ -70,17 +70,33 @@ def test_the_cause_of_a_layer(changes, expected):
 
 
 def test_several_causes_of_one_layer_come_with_the_costliest_first():
-    both = replace(ILL, by_input_gain=13.0, input_ratio=9.0, unbiased_gain=20.0, clipping_gain=15.0, peak=9.0)
+    both = replace(ILL, even_gain=13.0, input_ratio=9.0, unbiased_gain=20.0, clipping_gain=15.0, peak=9.0)
     assert of_weights(both) == [BIASED, OUTLIERS, UNEVEN]
-    assert of_weights(replace(both, by_input_gain=30.0)) == [UNEVEN, BIASED, OUTLIERS]
+    assert of_weights(replace(both, even_gain=30.0)) == [UNEVEN, BIASED, OUTLIERS]
 
 
 def test_only_the_worst_layers_are_named_and_the_worst_one_first():
-    layers = [replace(ILL, quantizer=f"{db}.weight", sqnr_db=db) for db in (30.0, 17.0, 12.0, 19.0, 18.0)]
+    ill = replace(ILL, unbiased_gain=20.0)
+    layers = [replace(ill, quantizer=f"{db}.weight", sqnr_db=db) for db in (30.0, 17.0, 12.0, 19.0, 18.0)]
     found = weight_findings(layers)
     assert [finding.quantizer for finding in found] == ["12.0.weight", "17.0.weight", "18.0.weight"]
-    many = [replace(ILL, quantizer=f"{index}.weight") for index in range(9)]
+    many = [replace(ill, quantizer=f"{index}.weight") for index in range(9)]
     assert len(weight_findings(many)) == MOST_FINDINGS
+
+
+def test_layers_that_have_nothing_but_few_bits_are_one_finding():
+    def found_of(count: int) -> list[Finding]:
+        return weight_findings([replace(ILL, quantizer=f"{index}.weight") for index in range(count)])
+
+    (alone,), (two,), (six,) = found_of(1), found_of(2), found_of(6)
+    assert two.evidence == f"{alone.evidence}; likewise 1.weight"
+    assert six.evidence == f"{alone.evidence}; likewise 1.weight, 2.weight, 3.weight and 2 more"
+    assert six.quantizer == "0.weight"
+    (four,) = found_of(4)
+    assert four.evidence.endswith("likewise 1.weight, 2.weight, 3.weight")
+    biased = replace(ILL, quantizer="biased.weight", unbiased_gain=20.0, sqnr_db=11.0)
+    lost = [replace(ILL, quantizer=name, sqnr_db=10.5) for name in ("one", "two")]
+    assert [finding.quantizer for finding in weight_findings([biased, *lost])] == ["one", "biased.weight"]
 
 
 def test_a_layer_that_loses_nothing_is_not_named():
@@ -90,7 +106,7 @@ def test_a_layer_that_loses_nothing_is_not_named():
 
 
 def test_dead_channels_are_named_last_and_have_a_place():
-    many = [replace(ILL, quantizer=f"{index}.weight") for index in range(9)]
+    many = [replace(ILL, quantizer=f"{index}.weight", unbiased_gain=20.0) for index in range(9)]
     found = weight_findings([*many, replace(ILL, quantizer="dead.weight", sqnr_db=44.0, dead=(1, 2, 3, 4, 5))])
     assert len(found) == MOST_FINDINGS
     assert (found[-1].cause, found[-1].quantizer) == (Cause.DEAD_CHANNELS, "dead.weight")
@@ -102,11 +118,11 @@ def evidence_of(**changes: Any) -> str:
 
 
 def test_the_evidence_has_the_numbers():
-    assert evidence_of(by_input_gain=30.0, input_ratio=25.0, output_ratio=2.0) == (
+    assert evidence_of(even_gain=30.0, input_ratio=25.0, output_ratio=2.0) == (
         "the range of the weight is 25 times that of its median input channel (the least range has channel 3); with "
         "even channels the SQNR of the output would be 42.0 dB instead of 12.0 dB"
     )
-    assert "4.5 times that of its median output channel" in evidence_of(by_output_gain=30.0, output_ratio=4.5)
+    assert "4.5 times that of its median output channel" in evidence_of(even_gain=30.0, output_ratio=4.5)
     assert evidence_of(unbiased_gain=20.0) == (
         "99.0% of the output's error is the same for every sample, a shift of the channels; without it the SQNR of the "
         "output would be 32.0 dB instead of 12.0 dB"
@@ -123,8 +139,8 @@ def test_the_evidence_has_the_numbers():
         "4 bits: the SQNR of the output is 12.0 dB, as the rounding errors add up over inputs that go together; with "
         "random signs it would be 21.0 dB"
     )
-    assert evidence_of(sqnr_db=3.0).endswith(
-        "is 3.0 dB, and neither even channels nor a clipped range nor unbiased errors would make up for it"
+    assert evidence_of(sqnr_db=2.0).endswith(
+        "is 2.0 dB, and neither even channels nor a clipped range nor unbiased errors would make up for it"
     )
 
 
@@ -141,7 +157,8 @@ def test_the_evidence_has_the_numbers():
         ({"outlier_gain": 12.1}, (Cause.OUTLIER_CHANNEL, "activation_cle")),
         ({"outlier_gain": 12.0}, (Cause.TOO_FEW_BITS, "bit_width")),
         ({"outlier_gain": 12.1, "is_output": True}, (Cause.ROUNDING_DOMINATES, "range_setting")),
-        ({"outlier_gain": 12.1, "uneven_gain": 40.0}, (Cause.OUTLIER_CHANNEL, "activation_cle")),
+        ({"outlier_gain": 30.0, "uneven_gain": 42.0}, (Cause.OUTLIER_CHANNEL, "activation_cle")),
+        ({"outlier_gain": 30.0, "uneven_gain": 42.1}, (Cause.UNEVEN_CHANNEL_RANGES, "activation_cle")),
         ({"uneven_gain": 18.1}, (Cause.UNEVEN_CHANNEL_RANGES, "activation_cle")),
         ({"uneven_gain": 18.0}, (Cause.TOO_FEW_BITS, "bit_width")),
         ({"uneven_gain": 18.1, "is_output": True}, (Cause.TOO_FEW_BITS, "bit_width")),
@@ -166,12 +183,14 @@ def test_the_cause_of_a_quantizer(changes, expected):
 
 def test_a_quantizer_without_damage_is_not_named():
     quiet = [replace(GUILTY, quantizer=name, damage=share) for name, share in (("a", 0.4), ("b", 0.021), ("c", 0.019))]
+    quiet = [replace(item, outlier_gain=30.0) for item in quiet]
     assert [finding.quantizer for finding in activation_findings(quiet)] == ["a", "b"]
     assert activation_findings([]) == []
 
 
 def test_constant_tensors_are_named_last():
-    found = activation_findings([replace(GUILTY, quantizer=str(index)) for index in range(7)], ["still", "also"])
+    guilty = [replace(GUILTY, quantizer=str(index), bulk_gain=30.0) for index in range(7)]
+    found = activation_findings(guilty, ["still", "also"])
     assert [finding.quantizer for finding in found] == ["0", "1", "2", "3", "still"]
     assert (found[-1].cause, found[-1].evidence) == (
         Cause.CONSTANT_TENSOR,

@@ -12,8 +12,10 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from lightning_quantdebug.causes import weight_causes
 from lightning_quantdebug.equalization import equalize
 from lightning_quantdebug.instrument import batch_runs, instrument
+from lightning_quantdebug.report import Cause
 
 torch.set_num_threads(1)
 
@@ -85,6 +87,7 @@ def test_a_planted_rescaling_ruins_weights_per_tensor_and_equalization_brings_th
         session.calibrate(batches)
         with session.modes("quantize", kind="weight"):
             ruined = accuracy(sick)
+        found = weight_causes(session, batch_runs(session, batches))
         applied = equalize(session, batch_runs(session, batches))
         session.calibrate(batches)
         with session.modes("quantize", kind="weight"):
@@ -92,6 +95,7 @@ def test_a_planted_rescaling_ruins_weights_per_tensor_and_equalization_brings_th
         with session.modes("quantize"):
             both = accuracy(sick)
     assert ruined < 0.25
+    assert {(finding.cause, finding.remedy) for finding in found} == {(Cause.UNEVEN_CHANNEL_RANGES, "cle")}
     assert len(applied.changed) == 6
     assert weights >= fp32 - 0.005
     assert both >= fp32 - 0.005
