@@ -84,7 +84,7 @@ def equalize_activations(session: Instrumentation, runs: Runs) -> Applied:
         return Applied(skipped=groups.left, note="no channels were found whose scale can change")
     ranges = _Ranges(groups, effective_weights(session, runs), _activation_ranges(session, runs, groups))
     unchanged = _errors(session, runs, groups, torch.ones(groups.count, dtype=torch.float64))
-    best, exponents = unchanged * _WORTHWHILE, torch.full_like(unchanged, torch.nan)
+    best, exponents = unchanged, torch.full_like(unchanged, torch.nan)
     for exponent in EXPONENTS:
         error = _errors(session, runs, groups, ranges.scale(torch.full_like(unchanged, exponent)))
         better = error < best
