@@ -7,13 +7,13 @@ score is measured with; only the batches are those of the calibration loader.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from lightning_quantdebug.errors import CaptureError, EvaluationError
 from lightning_quantdebug.evaluation import Evaluator
 from lightning_quantdebug.instrument import Instrumentation
 from lightning_quantdebug.layers import Visit
+from lightning_quantdebug.lightning_compat import is_overridden
 from lightning_quantdebug.observer import Observer
 from lightning_quantdebug.rank_agreement import gather
 from lightning_quantdebug.settings import CalibrationSource, Settings
@@ -76,7 +76,8 @@ def recalibrate(session: Instrumentation, evaluator: Evaluator, loader: Any, bat
 class CalibrationRuns:
     """The calibration batches as remedies take them (:data:`lightning_quantdebug.layers.Runs`).
 
-    Each run goes through the user's own ``validation_step``.
+    Each run goes through the user's own ``validation_step``. What it returns and logs is that of the last run of a
+    batch; batches of which no run came to its end are run once more in FP32 where somebody would miss them.
 
     Args:
         session: A captured instrumentation.
@@ -94,14 +95,26 @@ class CalibrationRuns:
 
     def __call__(self, visit: Visit) -> None:
         """Call ``visit(run, index)`` for each calibration batch."""
+        trainer, module = self.evaluator.trainer, self.evaluator.pl_module
+        outputs_are_read = is_overridden(trainer, "on_validation_batch_end", module)
         count = 0
 
         def around_step(call: Callable[[], Any], batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
             nonlocal count
-            visit(partial(self.session.run, call, step=True), count)
+            last: list[Any] = []
+
+            def run() -> Any:
+                last.clear()
+                last.append(self.session.run(call, step=True))
+                return last[0]
+
+            visit(run, count)
             count += 1
-            # The evaluator reads what the last run logged, which a run that was cut short has not logged.
-            return call() if self.loader is None else None
+            # A run that was cut short has logged and returned nothing, which the end of an epoch could not bear for all
+            # batches, nor the user's own hook for any.
+            if not last and (count == 1 or outputs_are_read):
+                return call()
+            return last[0] if last else None
 
         _run(self.evaluator, around_step, self.loader, self.batches)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from lightning_quantdebug.plausibility import (
     not_simulated,
     too_few_samples,
 )
-from lightning_quantdebug.rank_agreement import gather
+from lightning_quantdebug.rank_agreement import gather, led_by_rank_zero
 from lightning_quantdebug.repair import Repair, Workbench
 from lightning_quantdebug.report import (
     Baseline,
@@ -265,7 +266,7 @@ class Diagnosis:
         details: dict[str, Any] = {"objective": kind.value if kind is not None else "both"}
         bench = self._workbench(kind)
         causes = weight_causes if name is StepName.FIX_WEIGHTS else activation_causes
-        self.report = self.report.with_findings(*causes(session, bench.runs))
+        self.report = self.report.with_findings(*led_by_rank_zero(bench.runs, partial(causes, session)))
         if name is StepName.FIX_ACTIVATIONS:
             samples = int(self.report.settings.get("calibration_samples") or 0)
             details["calibration_draws"] = draws_report(session, bench.runs, bench.measure, samples)

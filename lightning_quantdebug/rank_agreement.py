@@ -6,28 +6,78 @@ one could start another pass while the other stops, and both would wait for ever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import torch.distributed
 
 from lightning_quantdebug.batch_scores import BatchScore
+from lightning_quantdebug.errors import QuantDebugError
+from lightning_quantdebug.layers import Runs, Visit
 
 T = TypeVar("T")
 
 
 def gather(value: T) -> list[T]:
     """The values of all ranks in order of rank; of one process just its own."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if rank_count() == 1:
         return [value]
-    gathered: list[T | None] = [None] * torch.distributed.get_world_size()
+    gathered: list[T | None] = [None] * rank_count()
     torch.distributed.all_gather_object(gathered, value)
     return gathered  # type: ignore[return-value] # every place was filled
+
+
+def rank_count() -> int:
+    """The number of processes that walk together; asking waits for nobody."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    return torch.distributed.get_world_size()
 
 
 def from_rank_zero(value: T) -> T:
     """The value that rank zero has; of one process just its own."""
     return gather(value)[0]
+
+
+def led_by_rank_zero(runs: Runs, work: Callable[[Runs], T]) -> T:
+    """What rank zero makes of its batches, on every rank.
+
+    How often work goes over the batches may depend on what it finds there, and each pass ends with all ranks together.
+    So rank zero works, and the others go over their batches as often as it does.
+
+    Args:
+        runs: The batches of this rank.
+        work: Takes the batches, and returns what can be pickled.
+
+    Raises:
+        QuantDebugError: What the work raised, on every rank.
+    """
+    if rank_count() == 1:
+        return work(runs)
+    if torch.distributed.get_rank() > 0:
+        while from_rank_zero(None):
+            runs(lambda run, index: None)
+        found: T | QuantDebugError = from_rank_zero(cast(T, None))
+    else:
+        found = from_rank_zero(_led(runs, work))
+    if isinstance(found, QuantDebugError):
+        raise found
+    return found
+
+
+def _led(runs: Runs, work: Callable[[Runs], T]) -> T | QuantDebugError:
+    """Work on rank zero, with a word to the others ahead of each pass and after the last."""
+
+    def led(visit: Visit) -> None:
+        from_rank_zero(True)
+        runs(visit)
+
+    try:
+        return work(led)
+    except QuantDebugError as error:
+        return error
+    finally:
+        from_rank_zero(False)
 
 
 def mean_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from lightning_quantdebug.high_bias_absorption import absorb_high_bias
 from lightning_quantdebug.instrumentation import Instrumentation, SessionState
 from lightning_quantdebug.layers import Runs
 from lightning_quantdebug.paired_loss import loss_interval
-from lightning_quantdebug.rank_agreement import from_rank_zero, gather
+from lightning_quantdebug.rank_agreement import from_rank_zero, gather, led_by_rank_zero, rank_count
 from lightning_quantdebug.report import Remedy, Report, StepName, StepVerdict
 from lightning_quantdebug.selection import Difference, Split
 from lightning_quantdebug.settings import Settings
@@ -166,20 +166,24 @@ class Repair:
         session, runs = self.bench.session, self.bench.runs
         if item.remedy == "range_setting":
             return set_activation_ranges(session, runs, RangeSetting(item.variant), gather=gather)
-        remedies: Mapping[str, Callable[[], Applied]] = {
-            "cle": partial(equalize, session, runs),
-            "per_channel": partial(_refined, session, runs, Granularity.PER_CHANNEL),
-            "per_group": partial(_refined, session, runs, Granularity.PER_GROUP),
-            "bias_correction": partial(correct_bias, session, runs),
-            "adaround": partial(adaround, session, runs, is_late=self.bench.is_late, advance=self._layer_done),
-            "high_bias_absorption": partial(absorb_high_bias, session, runs),
-            "activation_cle": partial(equalize_activations, session, runs),
+        remedies: Mapping[str, Callable[[Runs], Applied]] = {
+            "cle": partial(equalize, session),
+            "per_channel": partial(_refined, session, Granularity.PER_CHANNEL),
+            "per_group": partial(_refined, session, Granularity.PER_GROUP),
+            "bias_correction": partial(correct_bias, session),
+            "adaround": partial(adaround, session, is_late=self._is_late_here, advance=self._layer_done),
+            "high_bias_absorption": partial(absorb_high_bias, session),
+            "activation_cle": partial(equalize_activations, session),
         }
-        applied = remedies[item.remedy]()
+        applied = led_by_rank_zero(runs, remedies[item.remedy])
         follow_rank_zero(session)
         if applied.changed and item.remedy in _MOVES_ACTIVATIONS:
             self.bench.recalibrate()
         return applied
+
+    def _is_late_here(self) -> bool:
+        """Whether the time budget is spent; several ranks answer that together, and so only between remedies."""
+        return rank_count() == 1 and self.bench.is_late()
 
     def _layer_done(self, done: int, total: int) -> None:
         """Say how far a remedy is that goes layer by layer."""
@@ -188,7 +192,7 @@ class Repair:
 
 def follow_rank_zero(session: Instrumentation) -> None:
     """Give every rank what a remedy made of rank zero's batches: all must measure one and the same network."""
-    if len(gather(None)) == 1:
+    if rank_count() == 1:
         return
     names = {key: name for name, key in session.keys_by_name.items()}
     state = session.state()
@@ -197,7 +201,7 @@ def follow_rank_zero(session: Instrumentation) -> None:
     session.restore(SessionState({session.keys_by_name[name]: one for name, one in found.items()}, quantizers))
 
 
-def _refined(session: Instrumentation, runs: Runs, granularity: Granularity) -> Applied:
+def _refined(session: Instrumentation, granularity: Granularity, runs: Runs) -> Applied:
     """Refine every weight that some calibration batch reaches; the first batch is one that shows all the others too."""
     outcome: list[Applied] = []
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lightning_quantdebug.batch_scores import BatchScore
 from lightning_quantdebug.evaluation import Evaluation
 from lightning_quantdebug.paired_loss import loss_interval
-from lightning_quantdebug.rank_agreement import gather
+from lightning_quantdebug.rank_agreement import rank_count
 from lightning_quantdebug.settings import Direction
 from lightning_quantdebug.statistics import paired_interval
 
@@ -73,7 +73,7 @@ class Split:
         if self.chooses is None or reference.batches is None:
             return None
         more = len(reference.batches) - len(self.chooses)
-        if more and len(gather(None)) > 1:
+        if more and rank_count() > 1:
             # The batches of several ranks stand one rank after the other: which of them chose can not be told.
             return None
         return _difference(

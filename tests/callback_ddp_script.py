@@ -14,6 +14,8 @@ from tests.torture import lightning, loader, simple_class, trainer
 
 warnings.filterwarnings("ignore")
 STRATEGIES = {"spawn": "ddp_spawn"}
+# Two bits lose so much that every remedy of both boxes is tried, and a group is too fine for so small a network.
+REPAIRABLE = {"weights": {"bit_width": 2, "granularity": "per_tensor"}, "activations": {"bit_width": 2}}
 
 
 class Module(simple_class()):  # type: ignore[misc] # the base is made at run time
@@ -32,8 +34,10 @@ def callbacks(root: str, kind: str) -> list[QuantDebug]:
         return []
     if kind in ("walk", "spawn"):
         return [QuantDebug(on_error="raise", watch_every_n_epochs=1, **settings)]
+    if kind == "repair":
+        return [QuantDebug(on_error="raise", verbose=False, **{**settings, "target": REPAIRABLE, "tolerance": 0.0})]
     if kind == "late":
-        return [QuantDebug(on_error="raise", max_time={"milliseconds": 1}, **settings)]
+        return [QuantDebug(on_error="raise", max_time={"milliseconds": 50}, **settings)]
     if kind == "unwritable":
         return [QuantDebug(**{**settings, "dirpath": "/dev/null/below"})]
     return [QuantDebug(on_error="warn", verbose=False, **settings)]

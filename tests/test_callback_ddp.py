@@ -36,7 +36,7 @@ def run(root: Path, kinds: str, check: bool = True) -> tuple[dict[str, list[dict
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, Any]]], str]:
     root = tmp_path_factory.mktemp("ddp")
-    return root, *run(root, "walk,plain,late,unwritable")
+    return root, *run(root, "walk,plain,late,unwritable,repair")
 
 
 def without_seconds(value: Any) -> Any:
@@ -59,6 +59,14 @@ def test_both_ranks_have_the_same_report(runs: Any) -> None:
         "weights",
         "quantize_model",
     ]
+
+
+def test_both_ranks_measure_what_rank_zero_made_of_its_batches(runs: Any) -> None:
+    first, second = runs[1]["repair"]
+    assert without_seconds(first["report"]) == without_seconds(second["report"])
+    report = Report.from_dict(first["report"])
+    measured = {item.remedy for item in report.remedies if item.after is not None}
+    assert measured & {"bias_correction", "adaround", "range_setting"}, "remedies that depend on each rank's data"
 
 
 def test_ranges_come_from_what_both_ranks_saw(runs: Any) -> None:
