@@ -158,24 +158,46 @@ class ChannelClasses:
 
 
 def each_once(labels: Tensor) -> Tensor:
-    """The different values of a tensor in ascending order, ``(count,)``."""
+    """The different values of a tensor in ascending order, ``(count,)``.
+
+    Examples:
+        >>> each_once(torch.tensor([3, 1, 3]))
+        tensor([1, 3])
+    """
     found: Tensor = torch.unique(labels)
     return found
 
 
 def expanded(vector: Tensor, axis: int, shape: torch.Size) -> Tensor:
-    """A vector laid along one axis of a tensor of numbers, ``(C,)`` to ``shape``, in no memory of its own."""
+    """A vector laid along one axis of a tensor of numbers, ``(C,)`` to ``shape``, in no memory of its own.
+
+    Examples:
+        >>> numbers = expanded(torch.tensor([2, 3]), 1, torch.Size([8, 2, 32, 32]))
+        >>> numbers.shape, numbers.stride()
+        (torch.Size([8, 2, 32, 32]), (0, 1, 0, 0))
+    """
     axis = axis % len(shape)
     return vector.view(*(1,) * axis, -1, *(1,) * (len(shape) - axis - 1)).expand(shape)
 
 
 def pinned(shape: torch.Size) -> Tensor:
-    """The numbers of a tensor whose scale can not change."""
+    """The numbers of a tensor whose scale can not change.
+
+    Examples:
+        >>> pinned(torch.Size([2, 2]))
+        tensor([[1, 1],
+                [1, 1]])
+    """
     return torch.tensor(PINNED).expand(shape)
 
 
 def compact(numbers: Tensor) -> Tensor:
-    """The same numbers, in no memory along the axes along which they are all alike."""
+    """The same numbers, in no memory along the axes along which they are all alike.
+
+    Examples:
+        >>> compact(torch.tensor([[2, 3], [2, 3]])).stride()
+        (0, 1)
+    """
     if numbers.numel() == 0:
         return numbers
     kept = numbers

@@ -80,7 +80,12 @@ class LayerChannels:
 
 
 def magnitudes_of(weight: Tensor) -> Tensor:
-    """Largest magnitude of each kernel of a weight, in float64: the first two axes of the weight."""
+    """Largest magnitude of each kernel of a weight, in float64: the first two axes of the weight.
+
+    Examples:
+        >>> magnitudes_of(torch.tensor([[[1.0, -2.0], [0.5, 0.0]]]))
+        tensor([[2.0000, 0.5000]], dtype=torch.float64)
+    """
     return weight.detach().double().cpu().abs().reshape(*weight.shape[:2], -1).amax(2)
 
 
@@ -146,6 +151,15 @@ def find_channel_groups(session: Instrumentation, runs: Runs) -> ChannelGroups:
     Args:
         session: The instrumented network.
         runs: Goes over the calibration batches.
+
+    Examples:
+        >>> from lightning_quantdebug.instrument import batch_runs, instrument
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+        >>> batch = torch.randn(16, 4)
+        >>> with instrument(model, batch) as q:
+        ...     groups = find_channel_groups(q, batch_runs(q, [batch]))
+        >>> groups.count, [(each.layer.name, int(each.rows.max()), int(each.columns.max())) for each in groups.layers]
+        (8, [('0', 7, -1), ('2', -1, 7)])
     """
     layers, fixed = _scalable_layers(session)
     tracer = ChannelTracer(session.root, session.plan, layers, fixed, session.scope)

@@ -110,6 +110,17 @@ def equalizing_scales(groups: ChannelGroups, magnitudes: Mapping[OpKey, Tensor])
     Args:
         groups: What can be scaled.
         magnitudes: For each layer :func:`~lightning_quantdebug.channel_groups.magnitudes_of` its weight.
+
+    Examples:
+        >>> from lightning_quantdebug.instrument import batch_runs, instrument
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1)).eval()
+        >>> batch = torch.randn(16, 1)
+        >>> with instrument(model, batch) as q:
+        ...     groups = find_channel_groups(q, batch_runs(q, [batch]))
+        >>> weights = torch.tensor([[16.0], [1.0]]), torch.tensor([[1.0, 1.0]])  # s = 4 and 1, over their mean 2
+        >>> layers = [each.layer.key for each in groups.layers]
+        >>> equalizing_scales(groups, {key: magnitudes_of(w) for key, w in zip(layers, weights)}).log2.exp2()
+        tensor([2.0000, 0.5000], dtype=torch.float64)
     """
     log2 = torch.zeros(groups.count, dtype=torch.float64)
     if groups.count == 0:

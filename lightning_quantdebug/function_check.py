@@ -39,6 +39,17 @@ def adjust_exactly(
 
     Returns:
         ``applied`` with the measured change in its note, or what was skipped and a finding.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_quantdebug.instrument import batch_runs, instrument
+        >>> model, batch = torch.nn.Linear(2, 2).eval(), torch.randn(4, 2)
+        >>> with instrument(model, batch) as q:
+        ...     q.calibrate([batch])
+        ...     doubled = {q.layers[0].key: Adjustment(weight_scale=torch.tensor(2.0))}
+        ...     told = adjust_exactly(q, batch_runs(q, [batch]), doubled, "doubling", Applied(("weight",)))
+        ...     told.changed, [finding.cause.value for finding in told.findings], dict(q.adjustments)
+        ((), ['changed_function'], {})
     """
     state = session.state()
     before = _outputs(session, runs)

@@ -235,6 +235,15 @@ def test_a_layer_without_any_range_is_left_alone() -> None:
     assert torch.equal(before["a"], after["a"])
 
 
+def test_what_is_even_to_a_hundredth_of_a_step_stays() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(3))
+        model[2].weight.copy_(torch.eye(3) * torch.tensor([1.0, 1.0, 1.001]))
+    applied, _, _ = equalized(model, torch.randn(4, 3))
+    assert applied.changed == ()
+
+
 def test_a_network_without_classes_says_so() -> None:
     model, batch = make("gelu")
     applied, _, _ = equalized(model, batch)
