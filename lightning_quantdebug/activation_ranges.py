@@ -209,7 +209,7 @@ def _site_of(session: Instrumentation, operation: Operation) -> Site | None:
         if site.kind is Kind.ACTIVATION:
             sites.update({spot.key: site for spot in site.places if spot.slot is None})
     source: Operation | None = operation
-    while source is not None and len(source.outputs) == 1 and keys[source.key] not in sites:
+    while source is not None and keys[source.key] not in sites:
         source = source.data_inputs[0][1].producer if source.op in _SAME_NUMBERS else None
     return sites[keys[source.key]] if source is not None and len(source.outputs) == 1 else None
 

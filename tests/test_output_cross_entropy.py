@@ -165,7 +165,7 @@ def test_rows_are_copies_and_one_is_kept_however_long() -> None:
     rows = LogitRows(most_values=10)
     rows.add(values)
     assert len(rows.logits) == 1
-    before = rows.logits
+    before = rows.logits.clone()
     values.zero_()
     rows.logits.zero_()
     assert torch.equal(rows.logits, before)
