@@ -183,6 +183,8 @@ class Quantizer:
         self.encoding = None
         if self.kind is Kind.ACTIVATION:
             self.set_range()
+        else:
+            self.observer = Observer()
 
     def state(self) -> QuantizerState:
         """Everything that makes the quantizer what it is now."""

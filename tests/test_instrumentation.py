@@ -345,3 +345,5 @@ def test_a_frozen_encoding_survives_calibration_and_a_new_grid_ends_it() -> None
         assert activation.bit_width == 4
         quantizer.respecify(QuantSpec(8, symmetric=True, granularity=Granularity.PER_TENSOR), None)
         assert quantizer.encoding is None, "a weight is to be observed again"
+        quantizer.set_range()
+        assert quantizer.encoding is None, "what a run does not reach has nothing to be set from"
