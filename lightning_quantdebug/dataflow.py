@@ -118,7 +118,9 @@ def positive_factor(operation: Operation) -> bool:
     others = [value.number for _, value in operation.inputs if value.constant]
     plain = [float(number) for number in operation.arguments.values() if isinstance(number, (int, float))]
     numbers = others or plain[:1]
-    left = operation.data_inputs[0][0][0] == 0
+    # ``2 / x`` reaches us as a division whose first argument is x.
+    reflected = getattr(operation.key.func, "__name__", "") in ("__rdiv__", "__rtruediv__")
+    left = operation.data_inputs[0][0][0] == 0 and not reflected
     division = operation.op in ("div", "divide", "true_divide")
     return (left or not division) and len(numbers) == 1 and numbers[0] is not None and numbers[0] > 0
 

@@ -362,3 +362,18 @@ def test_coverage_tells_why_a_quantizer_has_no_range() -> None:
         assert reasons["rare"] == "calibration never reached it: it runs in FP32"
         assert reasons["rare.weight"] == "calibration never reached it: it runs in FP32"
         assert reasons["log"] == "calibration saw nothing but NaN and infinity there: it runs in FP32"
+
+
+@pytest.mark.parametrize(("reciprocal", "quantized"), [(True, True), (False, False)])
+def test_a_number_over_a_tensor_is_no_change_of_scale(reciprocal: bool, quantized: bool) -> None:
+    class Divides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x).relu() + 1
+            return 2 / y if reciprocal else y / 2
+
+    with instrument(Divides(), torch.randn(2, 4)) as q:
+        assert ("div" in q.quantizers) is quantized

@@ -133,7 +133,6 @@ def test_every_change_is_a_new_version() -> None:
     quantizer = activation(fixed_range=(0.0, 1.0))
     versions = [quantizer.version]
     for change in (
-        lambda: setattr(quantizer, "mode", Mode.OBSERVE),
         quantizer.set_range,
         lambda: quantizer.set_bit_width(4),
         lambda: setattr(quantizer, "encoding", None),
