@@ -262,7 +262,8 @@ class Diagnosis:
         try:
             before = self._evaluation_of(kind)
         except NonFiniteScoreError:
-            return self._without_score(name, self.evaluator)
+            with session.modes(Mode.QUANTIZE, kind=kind):
+                return self._without_score(name, self.evaluator)
         details: dict[str, Any] = {"objective": kind.value if kind is not None else "both"}
         bench = self._workbench(kind)
         causes = weight_causes if name is StepName.FIX_WEIGHTS else activation_causes
