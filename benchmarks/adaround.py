@@ -4,8 +4,8 @@
     python benchmarks/adaround.py --data path/to/cifar10_small.npz --epochs 8
 
 A MobileNet-like network is trained once, in memory. Ranges and rounding see 1024 training images; accuracy is on the
-2,000 test images, weights at 4 and 3 bits and activations at 8. The second table takes both ways of one learning step, on
-each layer of that network: ours on 256 sampled positions, and AIMET's (2.42, `_base/adaround`) as its source has it,
+2,000 test images, weights at 4 and 3 bits and activations at 8. The second table takes both ways of one learning step,
+on each layer of that network: ours on 256 sampled positions, and AIMET's (2.42, `_base/adaround`) as its source has it,
 with 32 whole feature maps through the layer, autograd and Adam. What AIMET's default of 15,000 steps would take is that
 time times 15,000: extrapolated, not run.
 """
