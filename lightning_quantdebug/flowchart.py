@@ -16,8 +16,8 @@ from lightning_quantdebug.target import Kind, RangeSetting
 _GOOD = (StepVerdict.PASSED, StepVerdict.NOISE)
 
 
-# The remedies of each box, in the guidebook's order. High-bias absorption follows CLE in the paper; as it changes ranges
-# of activations and of no weight, only their box can tell whether it helps.
+# The remedies of each box, in the guidebook's order. High-bias absorption follows CLE in the paper; as it changes the
+# ranges of activations and of no weight, only their box can tell whether it helps.
 REMEDIES_OF: Mapping[StepName, tuple[str, ...]] = {
     StepName.FIX_WEIGHTS: ("cle", "per_channel", "per_group", "bias_correction", "adaround"),
     StepName.FIX_ACTIVATIONS: ("range_setting", "high_bias_absorption", "activation_cle"),
