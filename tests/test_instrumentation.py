@@ -246,7 +246,8 @@ def test_effective_weights_are_folded_adjusted_and_not_quantized() -> None:
         q.set_mode("quantize")
         first, depthwise, last = q.layers
         scale = torch.arange(1.0, 9.0)
-        q.adjust({first.key: Adjustment(weight_scale=scale.view(-1, 1, 1, 1), bias_scale=scale)})
+        corrections = {"weight_correction": torch.ones(8, 3, 3, 3), "bias_correction": torch.ones(8)}
+        q.adjust({first.key: Adjustment(weight_scale=scale.view(-1, 1, 1, 1), bias_scale=scale, **corrections)})
         q.adjust({last.key: Adjustment(weight_correction=torch.ones(5, 128), bias_correction=torch.ones(5))})
         found = visited(q, X, q.effective_weights)
         norm = model[1]

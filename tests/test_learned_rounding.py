@@ -343,3 +343,14 @@ def test_the_exponent_falls_on_half_a_cosine_after_the_warm_start() -> None:
 def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         AdaRoundSettings(**changes)
+
+
+def test_what_is_not_decided_in_the_end_goes_to_the_nearer_level() -> None:
+    weight = torch.randn(4, 1, 8, generator=torch.Generator().manual_seed(0))
+    problem = problem_of(weight, 0.3)
+    samples = samples_of(problem, correlated(512, 8, 0, groups=4))
+    settings = AdaRoundSettings(iterations=1, learning_rate=1e-6)
+    learned = learn_rounding(problem, samples, settings, never)
+    assert learned is not None
+    # One step of next to no length moves nothing over the middle.
+    assert torch.equal(learned, problem.nearest)

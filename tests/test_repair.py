@@ -97,8 +97,11 @@ def test_what_helps_is_kept_and_the_next_starts_from_there(
 ) -> None:
     bench = Bench(session, [0.8, 0.995], remedies=["cle", "bias_correction", "adaround"])
     loop = bench.repair()
+    followed: list[int] = []
+    monkeypatch.setattr(repair, "follow_rank_zero", lambda session: followed.append(len(session.adjustments)))
     with planted(monkeypatch, equalize=shifting(), correct_bias=shifting(), adaround=shifting()):
         report = loop.walk(Report())
+    assert followed == [1, 1], "each remedy once it is applied, on all ranks"
     assert [(item.remedy, item.before, item.after, item.kept) for item in report.remedies] == [
         ("cle", 0.5, 0.8, True), ("bias_correction", 0.8, 0.995, True),
     ]  # fmt: skip
