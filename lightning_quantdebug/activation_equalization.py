@@ -42,8 +42,8 @@ from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.interception import OpKey
 from lightning_quantdebug.layers import Call, Layer, Runs, Tap
 from lightning_quantdebug.observer import Observer
-from lightning_quantdebug.operations import value_at, with_argument
-from lightning_quantdebug.range_setting import range_from_observer, range_from_tensor
+from lightning_quantdebug.operations import argument, positions_of, put_argument, value_at, with_argument
+from lightning_quantdebug.range_setting import quantized_anew, range_from_observer
 from lightning_quantdebug.target import QuantSpec
 
 # Xiao et al. 2023 found 0.4 to 0.6 good for most networks and 0.75 where outliers are stronger.
@@ -95,7 +95,7 @@ def equalize_activations(session: Instrumentation, runs: Runs) -> Applied:
     changes = groups.adjustments(ranges.scale(exponents))
     if not changes:
         return Applied(skipped=groups.left, note="no exponent lowers the error of any layer's output by 2 %")
-    changed = tuple(found.layer.name for found in groups.layers if found.layer.key in changes)
+    changed = groups.names_of(changes)
     applied = Applied(changed, groups.left, _note(exponents, together, unchanged))
     return adjust_exactly(session, runs, changes, "activation-aware equalization", applied)
 
@@ -124,7 +124,7 @@ class ActivationRanges:
         """Take in one input of a layer, ``(*, C_in)``, of a convolution ``(*, C_in, *)``."""
         if x.numel() == 0:
             return
-        magnitudes = x.detach().movedim(_input_axis(layer, x), 0).flatten(1).abs().amax(1).double().cpu()
+        magnitudes = x.detach().movedim(-1 - positions_of(layer.op), 0).flatten(1).abs().amax(1).double().cpu()
         self.largest[layer.key] = torch.maximum(magnitudes, self.largest.get(layer.key, magnitudes))
 
 
@@ -197,13 +197,12 @@ def _errors(session: Instrumentation, runs: Runs, groups: ChannelGroups, scale: 
     state = session.state()
 
     def visit(run: Callable[[], Any], index: int) -> None:
-        if index < _BATCHES:
-            run()
+        run()
 
     try:
         session.adjust(groups.adjustments(scale))
         with session.reference(), session.tapped(dict(taps)):
-            runs(visit)
+            runs(visit, _BATCHES)
     finally:
         session.restore(state)
     errors: dict[int, float] = defaultdict(float)
@@ -241,13 +240,13 @@ class _OutputError:
         if call.result.numel() == 0:
             return
         if self._weight is None:
-            self._weight = _quantized_weight(self._layer, value_at(call.args, call.kwargs, self._layer.weight_slot))
+            weight, quantizer = value_at(call.args, call.kwargs, self._layer.weight_slot), self._layer.quantizer
+            self._weight = quantized_anew(weight, quantizer.spec, quantizer.channel_axis)
         args, kwargs = with_argument(call.args, call.kwargs, self._layer.weight_slot, self._weight)
         x = _input_of(call)
-        args, kwargs = with_argument(args, kwargs, (0,) if args else ("input",), _quantized_activation(x, self._spec))
+        args, kwargs = put_argument(args, kwargs, 0, "input", _quantized_activation(x, self._spec))
         quantized = call.func(*args, **kwargs)
-        axis = quantized.ndim - _input_axis(self._layer, x) - 1
-        rows = self._rows.to(quantized.device).reshape(-1, *(1,) * axis)
+        rows = self._rows.to(quantized.device).reshape(-1, *(1,) * positions_of(self._layer.op))
         self._noise += float(((quantized - call.result) * rows).double().square().sum())
         self._power += float((call.result * rows).double().square().sum())
 
@@ -255,12 +254,6 @@ class _OutputError:
     def relative(self) -> float:
         """Noise power over signal power; 0 for an output without signal."""
         return self._noise / self._power if self._power > 0 else 0.0
-
-
-def _quantized_weight(layer: Layer, weight: Tensor) -> Tensor:
-    """A weight on the grid that it would get."""
-    spec, axis = layer.quantizer.spec, layer.quantizer.channel_axis
-    return fake_quantize(weight, encoding_from_range(*range_from_tensor(weight, spec, axis), spec, axis))
 
 
 def _quantized_activation(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -273,10 +266,5 @@ def _quantized_activation(x: Tensor, spec: QuantSpec) -> Tensor:
 
 def _input_of(call: Call) -> Tensor:
     """What a layer reads."""
-    x: Tensor = call.args[0] if call.args else call.kwargs["input"]
+    x: Tensor = argument(call.args, call.kwargs, 0, "input")
     return x
-
-
-def _input_axis(layer: Layer, x: Tensor) -> int:
-    """The axis of the channels of a layer's input and output."""
-    return x.ndim - 1 if layer.op == "linear" else x.ndim - 1 - int(layer.op[-2])

@@ -137,8 +137,6 @@ def _damages(session: Instrumentation, runs: Runs) -> dict[str, float]:
     found: dict[str, float] = {}
 
     def visit(run: Callable[[], Any], index: int) -> None:
-        if index > 0:
-            return
         with session.modes(Mode.BYPASS):
             exact = session.outputs(run)
             for quantizer in _calibrated(session):
@@ -147,7 +145,7 @@ def _damages(session: Instrumentation, runs: Runs) -> dict[str, float]:
                 quantizer.mode = Mode.BYPASS
                 found[quantizer.name] = max((damage(y, moved[name]) for name, y in exact.items()), default=0.0)
 
-    runs(visit)
+    runs(visit, 1)
     return found
 
 
@@ -195,11 +193,10 @@ def _channel_statistics(session: Instrumentation, runs: Runs, axes: Mapping[str,
     """Statistics of the channels of some quantizers' tensors; of several numbers of channels, those of most values."""
 
     def visit(run: Callable[[], Any], index: int) -> None:
-        if index < MOST_BATCHES:
-            run()
+        run()
 
     with _watching(session, axes) as watches:
-        runs(visit)
+        runs(visit, MOST_BATCHES)
     return {
         name: max(watch.statistics.values(), key=lambda found: float(found.count.sum()))
         for name, watch in watches.items()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_quantdebug.operations import operation_name
+from lightning_quantdebug.operations import argument, operation_name, put_argument
 from lightning_quantdebug.report import Finding
 
 # Where the weight and the bias of an operation stand: their position, and the name under which they may be passed.
@@ -139,20 +139,6 @@ def adjusted_parameters(
         return args, kwargs
     bias = adjustment.bias(argument(args, kwargs, bias_position, "bias"))
     return put_argument(args, kwargs, bias_position, "bias", bias)
-
-
-def argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> Any:
-    """An optional argument, passed by position or by name; ``None`` where it was left out."""
-    return args[position] if len(args) > position else kwargs.get(name)
-
-
-def put_argument(
-    args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, value: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with an optional one replaced, or added by name where it was left out."""
-    if len(args) > position:
-        return (*args[:position], value, *args[position + 1 :]), kwargs
-    return args, {**kwargs, name: value}
 
 
 def clipped(x: Tensor, bounds: tuple[float | None, float | None], scale: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_quantdebug.adjustment import Adjustment
 from lightning_quantdebug.instrumentation import Instrumentation
-from lightning_quantdebug.interception import OpKey, clean_path
+from lightning_quantdebug.interception import OpKey
 from lightning_quantdebug.normal_moments import Moments, clipped_moments, leaky_moments
 from lightning_quantdebug.operations import Category, clip_bounds
 from lightning_quantdebug.plan import BatchNormFold, Place
@@ -44,7 +44,7 @@ class UnknownStatisticsError(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class ChannelStatistics:
+class ExpectedChannels:
     """What is known of the channels of a tensor, which stand at its axis 1; each float64, ``(C,)``.
 
     Attributes:
@@ -59,10 +59,10 @@ class ChannelStatistics:
     low: Tensor
     high: Tensor
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> ChannelStatistics:
+    def each(self, change: Callable[[Tensor], Tensor]) -> ExpectedChannels:
         """The statistics with the same change made to each of them."""
         variance = None if self.variance is None else change(self.variance)
-        return ChannelStatistics(change(self.mean), variance, change(self.low), change(self.high))
+        return ExpectedChannels(change(self.mean), variance, change(self.low), change(self.high))
 
 
 class BatchNormStatistics:
@@ -75,15 +75,14 @@ class BatchNormStatistics:
 
     def __init__(self, session: Instrumentation, deviations: float = RANGE_DEVIATIONS) -> None:
         """Look up what is needed; nothing is computed yet."""
-        named = (*session.root.named_parameters(), *session.root.named_buffers())
-        self._tensors = {clean_path(name): tensor.detach().double() for name, tensor in named if tensor.ndim <= 1}
+        self._tensors = {name: tensor.double() for name, tensor in session.tensors.items() if tensor.ndim <= 1}
         self._keys = session.topology.shared_keys()
         self._plan = session.plan
         self._adjustments = session.adjustments
         self._deviations = deviations
-        self._known: dict[int, ChannelStatistics] = {}
+        self._known: dict[int, ExpectedChannels] = {}
 
-    def of(self, value: Value) -> ChannelStatistics:
+    def of(self, value: Value) -> ExpectedChannels:
         """The statistics of a tensor of the recorded network, as quantization sees it.
 
         Args:
@@ -102,7 +101,7 @@ class BatchNormStatistics:
             self._known[id(value)] = self._behind(value.producer, value)
         return self._known[id(value)]
 
-    def _behind(self, operation: Operation, value: Value) -> ChannelStatistics:
+    def _behind(self, operation: Operation, value: Value) -> ExpectedChannels:
         """The statistics of one result of an operation."""
         if operation.category is Category.BATCH_NORM:
             return self._normalized(operation)
@@ -124,7 +123,7 @@ class BatchNormStatistics:
                 return self._leaky(operation, self.of(source))
         raise UnknownStatisticsError(f"the mean behind {operation.name} ({operation.op}) has no closed form")
 
-    def _normalized(self, operation: Operation) -> ChannelStatistics:
+    def _normalized(self, operation: Operation) -> ExpectedChannels:
         """The statistics behind a batch normalization, folded or not."""
         head = self._plan.folded_into.get(self._keys[operation.key])
         fold = self._plan.folds.get(head) if head is not None else None
@@ -145,10 +144,10 @@ class BatchNormStatistics:
             beta = beta + change.bias_offset.to(beta)
         return self._within(beta, gamma.square() * variance / (variance + norm.eps))
 
-    def _within(self, mean: Tensor, variance: Tensor) -> ChannelStatistics:
+    def _within(self, mean: Tensor, variance: Tensor) -> ExpectedChannels:
         """Normal channels with their ranges."""
         reach = self._deviations * variance.sqrt()
-        return ChannelStatistics(mean, variance, mean - reach, mean + reach)
+        return ExpectedChannels(mean, variance, mean - reach, mean + reach)
 
     def _tensor(self, name: str, operation: Operation) -> Tensor:
         """A vector of the model by name."""
@@ -156,7 +155,7 @@ class BatchNormStatistics:
             raise UnknownStatisticsError(f"{operation.name} computes its statistics or has none that are kept")
         return self._tensors[name]
 
-    def _sum(self, operation: Operation) -> ChannelStatistics:
+    def _sum(self, operation: Operation) -> ExpectedChannels:
         """The sum of two tensors, as if they were independent and their sum normal.
 
         Measured on a trained residual network with 3 blocks: the mean behind the ReLU is off by 5 to 31 %, so that most
@@ -170,25 +169,25 @@ class BatchNormStatistics:
             raise UnknownStatisticsError(f"{operation.name} adds tensors of different shapes")
         mean, low, high = one.mean + other.mean, one.low + other.low, one.high + other.high
         if one.variance is None or other.variance is None:
-            return ChannelStatistics(mean, None, low, high)
+            return ExpectedChannels(mean, None, low, high)
         whole = self._within(mean, one.variance + other.variance)
-        return ChannelStatistics(mean, whole.variance, torch.maximum(low, whole.low), torch.minimum(high, whole.high))
+        return ExpectedChannels(mean, whole.variance, torch.maximum(low, whole.low), torch.minimum(high, whole.high))
 
-    def _joined(self, operation: Operation, value: Value) -> ChannelStatistics:
+    def _joined(self, operation: Operation, value: Value) -> ExpectedChannels:
         """Tensors concatenated along their channels."""
         axis = operation.arguments.get("dim", operation.arguments.get("1", operation.arguments.get("axis", 0)))
         if axis not in (1, 1 - len(value.shape)) or len(operation.inputs) != len(operation.data_inputs):
             raise UnknownStatisticsError(f"{operation.name} joins something else than channels")
         parts = [self.of(part) for _, part in operation.inputs]
         variances = [part.variance for part in parts if part.variance is not None]
-        return ChannelStatistics(
+        return ExpectedChannels(
             torch.cat([part.mean for part in parts]),
             torch.cat(variances) if len(variances) == len(parts) else None,
             torch.cat([part.low for part in parts]),
             torch.cat([part.high for part in parts]),
         )
 
-    def _clipped(self, operation: Operation, source: ChannelStatistics) -> ChannelStatistics:
+    def _clipped(self, operation: Operation, source: ExpectedChannels) -> ExpectedChannels:
         """The statistics behind a clipping activation."""
         low, high = _bounds(operation)
         scale = self._adjustments.get(self._keys[operation.key], Adjustment()).bounds_scale
@@ -197,14 +196,14 @@ class BatchNormStatistics:
         factor = torch.ones_like(source.mean) if scale is None else scale.flatten().to(source.mean)
         ends = torch.full_like(source.mean, low) * factor, torch.full_like(source.mean, high) * factor
         found = clipped_moments(_moments(source, operation), *ends)
-        return ChannelStatistics(
+        return ExpectedChannels(
             found.mean,
             found.variance,
             torch.minimum(torch.maximum(source.low, ends[0]), ends[1]),
             torch.minimum(torch.maximum(source.high, ends[0]), ends[1]),
         )
 
-    def _leaky(self, operation: Operation, source: ChannelStatistics) -> ChannelStatistics:
+    def _leaky(self, operation: Operation, source: ExpectedChannels) -> ExpectedChannels:
         """The statistics behind leaky ReLU or PReLU."""
         if operation.op == "prelu":
             slope = self._tensor(operation.inputs[-1][1].name, operation)
@@ -216,7 +215,7 @@ class BatchNormStatistics:
         low, high = torch.minimum(*ends), torch.maximum(*ends)
         # With a negative slope the lowest value lies between the two ends.
         low = torch.where((source.low < 0) & (source.high > 0), low.clamp_max(0.0), low)
-        return ChannelStatistics(found.mean, found.variance, low, high)
+        return ExpectedChannels(found.mean, found.variance, low, high)
 
 
 def batchnorm_ranges(session: Instrumentation, deviations: float = RANGE_DEVIATIONS) -> dict[str, tuple[float, float]]:
@@ -279,7 +278,7 @@ def _norm_of(operation: Operation) -> BatchNormFold:
     return BatchNormFold(mean, variance, names["weight"], names["bias"], eps, 0, 1)
 
 
-def _moments(source: ChannelStatistics, operation: Operation) -> Moments:
+def _moments(source: ExpectedChannels, operation: Operation) -> Moments:
     """The normal variable that goes into an activation."""
     if source.variance is None:
         raise UnknownStatisticsError(f"the spread of what goes into {operation.name} is not known behind an average")
@@ -305,7 +304,7 @@ def _pads_with_neighbours(operation: Operation) -> bool:
     return operation.op == "pad" and operation.arguments.get("mode") in ("reflect", "replicate", "circular")
 
 
-def _reshaped(source: ChannelStatistics, before: Value, after: Value, operation: Operation) -> ChannelStatistics:
+def _reshaped(source: ExpectedChannels, before: Value, after: Value, operation: Operation) -> ExpectedChannels:
     """The statistics behind a reshaping that keeps channels together."""
     samples, channels = before.shape[:2]
     size = prod(before.shape[2:])
@@ -317,7 +316,7 @@ def _reshaped(source: ChannelStatistics, before: Value, after: Value, operation:
     raise UnknownStatisticsError(f"{operation.name} takes the channels apart")
 
 
-def _averaged(source: ChannelStatistics, before: Value, after: Value, operation: Operation) -> ChannelStatistics:
+def _averaged(source: ExpectedChannels, before: Value, after: Value, operation: Operation) -> ExpectedChannels:
     """The statistics behind an average over positions: the mean stays, the spread depends on their correlation."""
     padding = operation.arguments.get("padding", operation.arguments.get("3", 0))
     if operation.op in _POOLING and padding:
@@ -327,4 +326,4 @@ def _averaged(source: ChannelStatistics, before: Value, after: Value, operation:
     leaves_channels = after.shape == before.shape[:2] and before.shape[1] not in before.shape[2:]
     if not (keeps_axes or leaves_channels):
         raise UnknownStatisticsError(f"{operation.name} averages over something else than positions")
-    return ChannelStatistics(source.mean, None, source.low, source.high)
+    return ExpectedChannels(source.mean, None, source.low, source.high)

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_quantdebug.adjustment import HAS_BIAS, Adjustment, Applied, put_argument
+from lightning_quantdebug.adjustment import HAS_BIAS, Adjustment, Applied
 from lightning_quantdebug.batchnorm_statistics import BatchNormStatistics, UnknownStatisticsError
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.interception import OpKey
 from lightning_quantdebug.layers import Call, Runs, Tap
 from lightning_quantdebug.mean_error import BiasError, measure, measure_corrected
-from lightning_quantdebug.operations import value_at, with_argument
+from lightning_quantdebug.operations import argument, put_argument, value_at
 from lightning_quantdebug.report import Cause, Finding
 from lightning_quantdebug.target import Mode
 from lightning_quantdebug.topology import Operation
@@ -264,11 +264,10 @@ def _mean_result(call: Call, weight: Tensor, mean: Tensor) -> Tensor:
     Returns:
         Float64, ``(C_out,)``.
     """
-    x = call.args[0] if call.args else call.kwargs["input"]
+    x = argument(call.args, call.kwargs, 0, "input")
     positions = x.shape[2:]
     constant = mean.to(weight).view(1, -1, *(1,) * len(positions)).expand(1, -1, *positions)
-    slot = (0,) if call.args else ("input",)
-    args, kwargs = with_argument(call.args, call.kwargs, slot, constant)
+    args, kwargs = put_argument(call.args, call.kwargs, 0, "input", constant)
     args, kwargs = put_argument(args, kwargs, 1, "weight", weight)
     args, kwargs = put_argument(args, kwargs, 2, "bias", None)
     result: Tensor = call.func(*args, **kwargs)

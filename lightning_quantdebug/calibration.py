@@ -93,8 +93,8 @@ class CalibrationRuns:
         self.loader = loader
         self.batches = batches
 
-    def __call__(self, visit: Visit) -> None:
-        """Call ``visit(run, index)`` for each calibration batch."""
+    def __call__(self, visit: Visit, most: int | None = None) -> None:
+        """Call ``visit(run, index)`` for each calibration batch, or for the first ``most`` of them."""
         trainer, module = self.evaluator.trainer, self.evaluator.pl_module
         outputs_are_read = is_overridden(trainer, "on_validation_batch_end", module)
         count = 0
@@ -116,7 +116,7 @@ class CalibrationRuns:
                 return call()
             return last[0] if last else None
 
-        _run(self.evaluator, around_step, self.loader, self.batches)
+        _run(self.evaluator, around_step, self.loader, self.batches if most is None else min(most, self.batches))
 
 
 def _observe(session: Instrumentation, evaluator: Evaluator, loader: Any, batches: int) -> int:

@@ -110,8 +110,6 @@ def record_draws(session: Instrumentation, runs: Runs, most_batches: int = MOST_
         return recorded
 
     def visit(run: Callable[[], Any], index: int) -> None:
-        if len(recorded) == most_batches:
-            return
         for quantizer in activations:
             quantizer.observer = Observer()
         run()
@@ -119,7 +117,7 @@ def record_draws(session: Instrumentation, runs: Runs, most_batches: int = MOST_
 
     try:
         with session.modes(Mode.OBSERVE, kind=Kind.ACTIVATION):
-            runs(visit)
+            runs(visit, most_batches)
     finally:
         for quantizer in activations:
             quantizer.observer = before[quantizer.name]

@@ -8,8 +8,7 @@ function as it is (Nagel et al. 2019, arXiv:1906.04721, section 4.1.1, there for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from lightning_quantdebug.channel_tracer import ChannelTracer, Traced
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.interception import OpKey
 from lightning_quantdebug.layers import Layer, Runs
+from lightning_quantdebug.operations import positions_of
 
 FIXED = -1
 """Stands for a channel that is in no class: its scale is 1."""
@@ -124,7 +124,7 @@ class ChannelGroups:
         for found in self.layers:
             factor = found.weight_scale(scale)
             if bool((factor != 1).any()):
-                ones = (1,) * (_weight_axes(found.layer) - 2)
+                ones = (1,) * positions_of(found.layer.op)
                 bias_scale = 1 / found.row_scale(scale)
                 changes[found.layer.key] = Adjustment(
                     weight_scale=factor.float().reshape(*factor.shape, *ones), bias_scale=bias_scale.float()
@@ -138,6 +138,10 @@ class ChannelGroups:
             if bool((factor != 1).any()):
                 changes[key] = Adjustment(bounds_scale=factor)
         return changes
+
+    def names_of(self, changes: Mapping[OpKey, Adjustment]) -> tuple[str, ...]:
+        """Names of the layers among some operations, in order of execution."""
+        return tuple(found.layer.name for found in self.layers if found.layer.key in changes)
 
     @property
     def stage_count(self) -> int:
@@ -163,46 +167,25 @@ def find_channel_groups(session: Instrumentation, runs: Runs) -> ChannelGroups:
     """
     layers, fixed = _scalable_layers(session)
     tracer = ChannelTracer(session.root, session.plan, layers, fixed, session.scope)
-    every = needs_every_batch(session)
 
     def visit(run: Any, index: int) -> None:
-        if index < _BATCHES or every:
-            with _traced_by(session, tracer):
-                tracer.begin()
-                tracer.returned(run())
+        with session.watched_by(tracer):
+            tracer.begin()
+            tracer.returned(run())
 
-    runs(visit)
+    runs(visit, session.topology.batches_to_reach_all(_BATCHES))
     return _groups(session, layers, fixed, tracer.classes, tracer.traced)
-
-
-def needs_every_batch(session: Instrumentation) -> bool:
-    """Whether the operations of the network depend on the data, so that one batch does not reach all of them."""
-    recorded = [{operation.key for operation in run} for run in session.topology.runs]
-    return any(keys != recorded[0] for keys in recorded)
 
 
 def effective_weights(session: Instrumentation, runs: Runs) -> dict[OpKey, tuple[Tensor, Tensor | None]]:
     """FP32 weight and bias of every layer that the calibration batches reach, after folding and adjusting."""
-    every = needs_every_batch(session)
     found: dict[OpKey, tuple[Tensor, Tensor | None]] = {}
 
     def visit(run: Any, index: int) -> None:
-        if index == 0 or every:
-            found.update(session.effective_weights(run))
+        found.update(session.effective_weights(run))
 
-    runs(visit)
+    runs(visit, session.topology.batches_to_reach_all())
     return found
-
-
-@contextmanager
-def _traced_by(session: Instrumentation, tracer: ChannelTracer) -> Iterator[None]:
-    """Let the session run the network under the tracer instead of its runner."""
-    runner = session._runner
-    session._runner = tracer  # type: ignore[assignment]  # `run` needs nothing of it but `active`
-    try:
-        yield
-    finally:
-        session._runner = runner
 
 
 def _scalable_layers(session: Instrumentation) -> tuple[dict[OpKey, Layer], dict[OpKey, str]]:
@@ -290,8 +273,3 @@ def _labels_of(classes: ChannelClasses, numbers: Any) -> Tensor:
 def _scale_of(classes: Tensor, scale: Tensor) -> Tensor:
     """The scale of each of some channels, 1 where they are in no class; of the shape of ``classes``."""
     return torch.cat([scale, scale.new_ones(1)])[classes]
-
-
-def _weight_axes(layer: Layer) -> int:
-    """How many axes a layer's weight has."""
-    return 2 if layer.op == "linear" else 2 + int(layer.op[-2])

@@ -21,7 +21,15 @@ from torch import Tensor
 
 from lightning_quantdebug.channel_classes import PINNED, ZERO, ChannelClasses, compact, expanded
 from lightning_quantdebug.interception import OpKey
-from lightning_quantdebug.operations import Slot, clip_bounds, replace_slot, tensors_in, value_at
+from lightning_quantdebug.operations import (
+    Slot,
+    argument,
+    clip_bounds,
+    positions_of,
+    replace_slot,
+    tensors_in,
+    value_at,
+)
 
 Numbers = Tensor | list[Tensor | None] | None
 
@@ -47,11 +55,11 @@ class Ran:
     @property
     def x(self) -> Any:
         """The first argument."""
-        return self.args[0] if self.args else self.kwargs.get("input")
+        return self.argument(0, "input")
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument that is passed by position or by name."""
-        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+        return argument(self.args, self.kwargs, position, name, default)
 
 
 class Tracker(Protocol):
@@ -353,7 +361,7 @@ def padded_with_zeros(op: Ran) -> bool:
 def channel_axis(op: Ran) -> int:
     """The axis of the output channels of a layer: the last one, or the one ahead of the spatial ones."""
     ndim: int = op.result.ndim
-    return ndim - 1 if op.name == "linear" else ndim - 1 - (op.argument(1, "weight").ndim - 2)
+    return ndim - 1 - positions_of(op.name)
 
 
 def along(vector: Tensor, op: Ran) -> Tensor:

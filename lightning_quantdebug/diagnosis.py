@@ -225,14 +225,7 @@ class Diagnosis:
         """Only the weights quantized; then both, so that the interaction shows."""
         step = self._quantized_step(StepName.WEIGHTS, Kind.WEIGHT)
         both = self._quantized_step(StepName.QUANTIZE_MODEL, None)
-        details: dict[str, Any] = {
-            "both": {
-                "score": both.score,
-                "loss": both.loss,
-                "interval": both.interval,
-                "verdict": both.verdict.value,
-            }
-        }
+        details: dict[str, Any] = {"both": _standing_of(both)}
         _, reference = self._needs_session()
         measured = [self._measured.get(kind) for kind in (None, Kind.ACTIVATION, Kind.WEIGHT)]
         value, interval = interaction(reference, measured, self.settings.direction)
@@ -326,12 +319,7 @@ class Diagnosis:
                 step = self._judged(StepName.QUANTIZE_MODEL, reference, self._evaluation_of(kind))
             except NonFiniteScoreError:
                 step = Step(StepName.QUANTIZE_MODEL, StepVerdict.FAILED)
-            standing[key] = {
-                "score": step.score,
-                "loss": step.loss,
-                "interval": step.interval,
-                "verdict": step.verdict.value,
-            }
+            standing[key] = _standing_of(step)
         return standing
 
     def _quantize_model(self) -> Step:
@@ -445,3 +433,8 @@ class Diagnosis:
         if self.session is None:
             return {}
         return {q.name: q.observer.histogram for q in self.session.select(kind=kind) if q.observer.count}
+
+
+def _standing_of(step: Step) -> dict[str, Any]:
+    """What the details of another step tell of one."""
+    return {"score": step.score, "loss": step.loss, "interval": step.interval, "verdict": step.verdict.value}

@@ -79,7 +79,7 @@ def equalize(session: Instrumentation, runs: Runs) -> Applied:
     changes = groups.adjustments(scale)
     if not changes:
         return Applied(skipped=groups.left, note=_nothing_to_do(groups))
-    changed = tuple(found.layer.name for found in groups.layers if found.layer.key in changes)
+    changed = groups.names_of(changes)
     moved = int((scale != 1).sum())
     note = (
         f"{moved} of {groups.count} classes of channels in {len(changed)} layers were scaled, by factors of up to "

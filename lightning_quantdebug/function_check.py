@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from lightning_quantdebug.adjustment import Adjustment, Applied
-from lightning_quantdebug.channel_groups import needs_every_batch
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.interception import OpKey
 from lightning_quantdebug.layers import Runs
@@ -68,20 +67,18 @@ def adjust_exactly(
             "it was undone"
         )
         return Applied(skipped=applied.skipped, note=evidence, findings=(Finding(Cause.CHANGED_FUNCTION, evidence),))
-    set_weight_ranges(session, runs)
+    reset_weight_ranges(session, runs)
     note = f"{applied.note}; FP32 outputs changed by at most {worst:.1e}"
     return Applied(applied.changed, applied.skipped, note, applied.findings)
 
 
-def set_weight_ranges(session: Instrumentation, runs: Runs) -> None:
-    """Set the range of every weight anew, from what it is now."""
-    every = needs_every_batch(session)
+def reset_weight_ranges(session: Instrumentation, runs: Runs) -> None:
+    """Set the range of every weight anew, from what it is now; frozen ones stay."""
 
     def visit(run: Callable[[], Any], index: int) -> None:
-        if index == 0 or every:
-            session.reset_weight_ranges(run)
+        session.reset_weight_ranges(run)
 
-    runs(visit)
+    runs(visit, session.topology.batches_to_reach_all())
 
 
 def _outputs(session: Instrumentation, runs: Runs) -> list[dict[str, Tensor]]:
@@ -89,9 +86,8 @@ def _outputs(session: Instrumentation, runs: Runs) -> list[dict[str, Tensor]]:
     found: list[dict[str, Tensor]] = []
 
     def visit(run: Callable[[], Any], index: int) -> None:
-        if index < _BATCHES:
-            found.append(session.outputs(run))
+        found.append(session.outputs(run))
 
     with session.reference():
-        runs(visit)
+        runs(visit, _BATCHES)
     return found

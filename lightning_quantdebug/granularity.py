@@ -8,13 +8,12 @@ placement rules do not allow is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from lightning_quantdebug.adjustment import Applied
+from lightning_quantdebug.function_check import reset_weight_ranges
 from lightning_quantdebug.instrumentation import Instrumentation
-from lightning_quantdebug.layers import Layer
+from lightning_quantdebug.layers import Layer, Runs
 from lightning_quantdebug.operations import CATEGORY_OF
 from lightning_quantdebug.placement_rules import RULES
 from lightning_quantdebug.target import Granularity, QuantSpec
@@ -24,12 +23,12 @@ GROUP_SIZE = 32
 """Inputs that share a scale. Kernels for 4-bit weights take 16, 32, 64 or 128; 32 costs half a bit per weight."""
 
 
-def refine(session: Instrumentation, run: Callable[[], Any], granularity: Granularity) -> Applied:
+def refine(session: Instrumentation, runs: Runs, granularity: Granularity) -> Applied:
     """Quantize weights per channel or per group.
 
     Args:
         session: A calibrated instrumentation; its specs and weight ranges change, nothing else.
-        run: Runs the network once, so that the ranges can be set.
+        runs: Goes over the calibration batches, so that the ranges can be set.
         granularity: ``PER_CHANNEL``, or ``PER_GROUP`` for linear layers whose inputs :data:`GROUP_SIZE` divides.
 
     Returns:
@@ -51,7 +50,7 @@ def refine(session: Instrumentation, run: Callable[[], Any], granularity: Granul
         layer.quantizer.respecify(spec, layer.channel_axis)
         changed.append(name)
     if changed:
-        session.reset_weight_ranges(run)
+        reset_weight_ranges(session, runs)
     note = f"{len(changed)} weights {granularity.value.replace('_', ' ')}"
     return Applied(tuple(changed), tuple(skipped), note if changed else "")
 

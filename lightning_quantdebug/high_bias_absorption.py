@@ -28,10 +28,12 @@ from lightning_quantdebug.channel_groups import (
     effective_weights,
     find_channel_groups,
 )
+from lightning_quantdebug.distribution import ChannelStatistics
 from lightning_quantdebug.function_check import adjust_exactly
 from lightning_quantdebug.instrumentation import Instrumentation
-from lightning_quantdebug.interception import OpKey, clean_path
-from lightning_quantdebug.layers import Call, Layer, Runs
+from lightning_quantdebug.interception import OpKey
+from lightning_quantdebug.layers import Layer, Runs, Tap
+from lightning_quantdebug.operations import positions_of
 
 # Of a Gaussian 0.13 % lie below its mean less three standard deviations (Nagel et al. 2019, section 4.1.3).
 _DEVIATIONS = 3.0
@@ -62,10 +64,10 @@ def absorb_high_bias(session: Instrumentation, runs: Runs) -> Applied:
     """
     groups = find_channel_groups(session, runs)
     candidates, why = _single_producers(groups)
-    outputs = _watched_outputs(session, runs, [found.layer for found in candidates])
+    floors = _floors(session, runs, [found.layer for found in candidates])
     absorbed = torch.zeros(groups.count)
     for found in candidates:
-        constant = _constants(session, found, outputs[found.layer.key].floor)
+        constant = _constants(session, found, floors[found.layer.key])
         free = found.rows != FIXED
         absorbed[found.rows[free]] = constant[free]
     absorbed[torch.tensor([bool(reason) for reason in why], dtype=torch.bool)] = 0.0
@@ -73,7 +75,7 @@ def absorb_high_bias(session: Instrumentation, runs: Runs) -> Applied:
     skipped = _skipped(groups, why)
     if not changes:
         return Applied(skipped=skipped, note="no channel has a bias that could be absorbed")
-    changed = tuple(found.layer.name for found in groups.layers if found.layer.key in changes)
+    changed = groups.names_of(changes)
     note = f"{int((absorbed > 0).sum())} channels gave up to {float(absorbed.max()):.3g} of their bias"
     return adjust_exactly(session, runs, changes, "high-bias absorption", Applied(changed, skipped, note))
 
@@ -89,46 +91,28 @@ def _single_producers(groups: ChannelGroups) -> tuple[list[LayerChannels], list[
     return [found for found in groups.layers if bool((found.rows != FIXED).any())], why
 
 
-class _Outputs:
-    """Least value, mean and standard deviation of each output channel of a layer over many batches, ``(C_out,)``."""
+def _floors(session: Instrumentation, runs: Runs, layers: list[Layer]) -> dict[OpKey, Tensor]:
+    """What hardly any FP32 output is below, the mean less three standard deviations, and none that was seen.
 
-    def __init__(self, layer: Layer) -> None:
-        """Nothing was seen yet."""
-        self._layer = layer
-        self._count = 0
-        self._least = self._sum = self._squares = torch.zeros(0, dtype=torch.float64)
+    By layer, for each output channel, ``(C_out,)``; NaN for all of them where a value was NaN or infinite.
+    """
+    seen = {layer.key: ChannelStatistics(-1 - positions_of(layer.op)) for layer in layers}
 
-    def __call__(self, call: Call) -> None:
-        """Take in one output, as a tap."""
-        result: Tensor = call.result.detach()
-        axis = result.ndim - 1 if self._layer.op == "linear" else result.ndim - 1 - int(self._layer.op[-2])
-        values = result.movedim(axis, 0).flatten(1).double().cpu()
-        if values.numel() == 0:
-            return
-        seen = self._count > 0
-        self._least = torch.minimum(self._least, values.amin(1)) if seen else values.amin(1)
-        self._sum = self._sum + values.sum(1) if seen else values.sum(1)
-        self._squares = self._squares + values.square().sum(1) if seen else values.square().sum(1)
-        self._count += values.shape[1]
-
-    @property
-    def floor(self) -> Tensor:
-        """What hardly any value is below, the mean less three standard deviations, and none that was seen."""
-        mean = self._sum / self._count
-        deviation = (self._squares / self._count - mean.square()).clamp(min=0.0).sqrt()
-        return torch.minimum(self._least, mean - _DEVIATIONS * deviation).float()
-
-
-def _watched_outputs(session: Instrumentation, runs: Runs, layers: list[Layer]) -> dict[OpKey, _Outputs]:
-    """What some layers return over all calibration batches, in FP32."""
-    outputs = {layer.key: _Outputs(layer) for layer in layers}
+    def tap_of(statistics: ChannelStatistics) -> Tap:
+        return lambda call: statistics.observe(call.result)
 
     def visit(run: Callable[[], Any], index: int) -> None:
         run()
 
-    with session.reference(), session.tapped(dict(outputs)):
+    with session.reference(), session.tapped({key: tap_of(statistics) for key, statistics in seen.items()}):
         runs(visit)
-    return outputs
+    return {key: _floor(statistics) for key, statistics in seen.items()}
+
+
+def _floor(seen: ChannelStatistics) -> Tensor:
+    """The floor of one layer's channels."""
+    floor = torch.minimum(seen.range_min, seen.mean - _DEVIATIONS * seen.variance.sqrt()).float()
+    return floor.where(seen.non_finite == 0, torch.nan).cpu()
 
 
 def _constants(session: Instrumentation, found: LayerChannels, floor: Tensor) -> Tensor:
@@ -140,16 +124,10 @@ def _constants(session: Instrumentation, found: LayerChannels, floor: Tensor) ->
             # What was absorbed and what was taken in can not be told apart: the normalization says nothing any more.
             return torch.zeros_like(floor)
         scale = torch.ones(()) if adjustment.bias_scale is None else adjustment.bias_scale.cpu()
-        beta = torch.zeros(()) if fold.bias is None else _named(session, fold.bias)
-        gamma = torch.ones(()) if fold.weight is None else _named(session, fold.weight)
+        beta = torch.zeros(()) if fold.bias is None else session.tensors[fold.bias].cpu().float()
+        gamma = torch.ones(()) if fold.weight is None else session.tensors[fold.weight].cpu().float()
         constant = torch.minimum(constant, (beta - _DEVIATIONS * gamma.abs()) * scale)
     return constant.clamp(min=0.0).nan_to_num(nan=0.0, posinf=0.0)
-
-
-def _named(session: Instrumentation, name: str) -> Tensor:
-    """A parameter or buffer of the network, float32."""
-    named = {clean_path(path): each for path, each in (*session.root.named_parameters(), *session.root.named_buffers())}
-    return named[name].detach().cpu().float()
 
 
 def _changes(

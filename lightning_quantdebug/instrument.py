@@ -82,9 +82,9 @@ def batch_runs(session: Instrumentation, batches: Iterable[Any]) -> Runs:
     """
     kept = list(batches)
 
-    def runs(visit: Visit) -> None:
+    def runs(visit: Visit, most: int | None = None) -> None:
         with eval_mode(session.root), undisturbed(session.root), torch.inference_mode(False), torch.no_grad():
-            for index, batch in enumerate(kept):
+            for index, batch in enumerate(kept[:most]):
                 visit(functools.partial(call_with, session.root, batch), index)
 
     return runs

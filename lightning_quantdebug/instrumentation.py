@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quantdebug.adjustment import HAS_BIAS, Adjustment, argument
+from lightning_quantdebug.adjustment import HAS_BIAS, Adjustment
 from lightning_quantdebug.coverage import never_calibrated, unused
 from lightning_quantdebug.errors import CaptureError, SettingsError
-from lightning_quantdebug.interception import OpKey
+from lightning_quantdebug.interception import Interception, OpKey, clean_path
 from lightning_quantdebug.layers import Call, Layer, Tap, find_layers
 from lightning_quantdebug.model_loan import call_with, eval_mode, undisturbed
-from lightning_quantdebug.operations import CATEGORY_OF, Category, tensors_in, value_at
+from lightning_quantdebug.operations import CATEGORY_OF, Category, argument, tensors_in, value_at
 from lightning_quantdebug.placement import place
 from lightning_quantdebug.plan import Plan
 from lightning_quantdebug.quantizer import Quantizer, QuantizerState, load_custom_quantizer
@@ -81,6 +81,7 @@ class Instrumentation:
         self._plan = Plan()
         self._adjustments: dict[OpKey, Adjustment] = {}
         self._runner: Runner | None = None
+        self._watcher: Interception | None = None
 
     # Recording and placement.
 
@@ -145,8 +146,17 @@ class Instrumentation:
 
     def run(self, call: Callable[[], Any], step: bool = False) -> Any:
         """Run ``call`` with the quantizers in their modes."""
-        with self._placed().active(step):
+        with (self._watcher or self._placed()).active(step):
             return call()
+
+    @contextmanager
+    def watched_by(self, watcher: Interception) -> Iterator[None]:
+        """Run the network as it is under another interception, without quantizers, while the block runs."""
+        self._watcher = watcher
+        try:
+            yield
+        finally:
+            self._watcher = None
 
     def around_step(self, call: Callable[[], Any], batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         """Run one step of a Lightning loop with the quantizers in their modes."""
@@ -209,17 +219,27 @@ class Instrumentation:
             quantizer.mode = chosen
 
     @contextmanager
-    def modes(self, mode: Mode | str, pattern: str = "*", kind: Kind | str | None = None) -> Iterator[None]:
-        """Only the named quantizers in ``mode``, all others bypassed, until the block ends."""
+    def _own_modes(self) -> Iterator[None]:
+        """Give every quantizer its mode back at the end of the block."""
         before = {name: quantizer.mode for name, quantizer in self.quantizers.items()}
         try:
-            for quantizer in self.quantizers.values():
-                quantizer.mode = Mode.BYPASS
-            self.set_mode(mode, pattern, kind)
             yield
         finally:
             for name, quantizer in self.quantizers.items():
                 quantizer.mode = before[name]
+
+    @contextmanager
+    def modes(self, mode: Mode | str, pattern: str = "*", kind: Kind | str | None = None) -> Iterator[None]:
+        """Only the named quantizers in ``mode``, all others bypassed, until the block ends."""
+        with self._own_modes():
+            self._bypass_all()
+            self.set_mode(mode, pattern, kind)
+            yield
+
+    def _bypass_all(self) -> None:
+        """Bypass every quantizer."""
+        for quantizer in self.quantizers.values():
+            quantizer.mode = Mode.BYPASS
 
     @contextmanager
     def bit_width(self, bit_width: int) -> Iterator[None]:
@@ -251,6 +271,12 @@ class Instrumentation:
     def layers(self) -> list[Layer]:
         """Every operation with a quantized weight, in order of execution."""
         return find_layers(self.topology, self._plan, self.quantizers)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the network by the names that recording gives them, detached."""
+        named = (*self.root.named_parameters(), *self.root.named_buffers())
+        return {clean_path(name): tensor.detach() for name, tensor in named}
 
     @property
     def adjustments(self) -> Mapping[OpKey, Adjustment]:
@@ -295,16 +321,14 @@ class Instrumentation:
     @contextmanager
     def reference(self) -> Iterator[None]:
         """FP32 while the block runs, with batch normalizations folded, so that each layer's result is comparable."""
-        weights, modes = self._placed().weights, {name: q.mode for name, q in self.quantizers.items()}
+        weights = self._placed().weights
         before, weights.folds_always = weights.folds_always, True
         try:
-            for quantizer in self.quantizers.values():
-                quantizer.mode = Mode.BYPASS
-            yield
+            with self._own_modes():
+                self._bypass_all()
+                yield
         finally:
             weights.folds_always = before
-            for name, quantizer in self.quantizers.items():
-                quantizer.mode = modes[name]
 
     def run_until(self, call: Callable[[], Any], key: OpKey) -> bool:
         """Run ``call`` up to one operation and its tap.
@@ -344,16 +368,13 @@ class Instrumentation:
 
     def reset_weight_ranges(self, run: Callable[[], Any]) -> None:
         """Set the range of every weight that one run reaches anew, from its effective values; frozen ones stay."""
-        weights = [quantizer for quantizer in self.quantizers.values() if quantizer.kind is Kind.WEIGHT]
-        modes = {name: q.mode for name, q in self.quantizers.items()}
-        try:
-            for quantizer in self.quantizers.values():
-                quantizer.mode = Mode.OBSERVE if quantizer in weights else Mode.BYPASS
+        weights = self.select(kind=Kind.WEIGHT)
+        with self._own_modes():
+            self._bypass_all()
+            for quantizer in weights:
+                quantizer.mode = Mode.OBSERVE
             self._placed().forget_weights()
             run()
-        finally:
-            for name, quantizer in self.quantizers.items():
-                quantizer.mode = modes[name]
         for quantizer in weights:
             quantizer.set_range()
 

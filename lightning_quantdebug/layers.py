@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -17,13 +17,19 @@ from lightning_quantdebug.topology import Operation, Topology
 from lightning_quantdebug.weight_placement import groups_of
 
 Visit = Callable[[Callable[[], Any], int], None]
-Runs = Callable[[Visit], None]
-"""Goes over the calibration batches and calls ``visit(run, index)`` for each.
 
-``run()`` runs the network once on that batch with the quantizers in their present modes, in eval mode without
-gradients, and returns the output. It may be called several times in one visit, so that FP32 and quantized runs of one
-batch can be compared without keeping anything.
-"""
+
+class Runs(Protocol):
+    """Goes over the calibration batches.
+
+    ``run()`` runs the network once on a batch with the quantizers in their present modes, in eval mode without
+    gradients, and returns the output. It may be called several times in one visit, so that FP32 and quantized runs of
+    one batch can be compared without keeping anything.
+    """
+
+    def __call__(self, visit: Visit, most: int | None = None) -> None:
+        """Call ``visit(run, index)`` for each batch, or for the first ``most`` of them; no others are loaded."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

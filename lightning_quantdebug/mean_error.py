@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_quantdebug.adjustment import argument
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.interception import OpKey
 from lightning_quantdebug.layers import Call, Layer, Tap
+from lightning_quantdebug.operations import operation_name, positions_of
 from lightning_quantdebug.target import Mode
 
 Run = Callable[[], Any]
@@ -179,8 +179,7 @@ def channel_sums(call: Call) -> ChannelSums:
 
 def _channel_axis(call: Call) -> int:
     """The axis of the channels of a layer's result, counted from the back, so that a batch axis may be missing."""
-    weight = argument(call.args, call.kwargs, 1, "weight")
-    return -1 if weight.ndim == 2 else 1 - weight.ndim
+    return -1 - positions_of(operation_name(call.func))
 
 
 def _keep(found: Shown, key: OpKey) -> Tap:

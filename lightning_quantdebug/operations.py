@@ -229,6 +229,32 @@ def with_argument(
     return replace_slot(args, slot, new), kwargs
 
 
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
+    """An argument, passed by position or by name; ``default`` where it was left out."""
+    return args[position] if len(args) > position else kwargs.get(name, default)
+
+
+def put_argument(
+    args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with an optional one replaced, or added by name where it was left out."""
+    if len(args) > position:
+        return (*args[:position], value, *args[position + 1 :]), kwargs
+    return args, {**kwargs, name: value}
+
+
+def positions_of(op: str) -> int:
+    """Number of axes behind the channels of what a convolution reads and gives, 0 of a linear layer.
+
+    The channels of its input and its output are at axis ``-1 - positions_of(op)``, with and without a batch.
+
+    Examples:
+        >>> positions_of("conv2d"), positions_of("conv_transpose1d"), positions_of("linear")
+        (2, 1, 0)
+    """
+    return int(op[-2]) if op.startswith("conv") and op.endswith("d") else 0
+
+
 @lru_cache(maxsize=1024)
 def parameters_of(func: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the positional parameters of a Python-level operation, empty for builtins."""
@@ -266,10 +292,7 @@ def clip_bounds(
         return 0.0, 6.0
     if name not in _BOUNDS:
         return None
-    found = [
-        None if bound is None else args[bound[1]] if len(args) > bound[1] else kwargs.get(bound[0], bound[2])
-        for bound in _BOUNDS[name]
-    ]
+    found = [None if bound is None else argument(args, kwargs, bound[1], bound[0], bound[2]) for bound in _BOUNDS[name]]
     if any(isinstance(bound, Tensor) for bound in found):
         return None
     low, high = (None if bound is None else float(bound) for bound in found)

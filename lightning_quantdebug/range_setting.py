@@ -141,6 +141,16 @@ def range_from_tensor(x: Tensor, spec: QuantSpec, channel_axis: int | None = Non
     return low.view(shape), high.view(shape)
 
 
+def quantized_anew(x: Tensor, spec: QuantSpec, channel_axis: int | None = None) -> Tensor:
+    """A weight on the grid that it would get from its own values; arguments as :func:`range_from_tensor` has them.
+
+    Examples:
+        >>> quantized_anew(torch.tensor([0.0, 0.4, 3.0]), QuantSpec(2, range_setting="min_max"))
+        tensor([0., 0., 3.])
+    """
+    return fake_quantize(x, encoding_from_range(*range_from_tensor(x, spec, channel_axis), spec, channel_axis))
+
+
 def _clipped(low: Tensor, high: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """Both of ``lower`` and ``upper``, inside the whole range ``[low, high]``."""
     return lower.to(low).clamp(low, high), upper.to(low).clamp(low, high)

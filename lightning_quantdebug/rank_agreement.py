@@ -7,6 +7,7 @@ one could start another pass while the other stops, and both would wait for ever
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch.distributed
@@ -55,8 +56,8 @@ def led_by_rank_zero(runs: Runs, work: Callable[[Runs], T]) -> T:
     if rank_count() == 1:
         return work(runs)
     if torch.distributed.get_rank() > 0:
-        while from_rank_zero(None):
-            runs(lambda run, index: None)
+        while (asked := from_rank_zero(cast("_Pass | None", None))) is not None:
+            runs(lambda run, index: None, asked.most)
         found: T | QuantDebugError = from_rank_zero(cast(T, None))
     else:
         found = from_rank_zero(_led(runs, work))
@@ -65,19 +66,26 @@ def led_by_rank_zero(runs: Runs, work: Callable[[Runs], T]) -> T:
     return found
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """Word that rank zero goes over its batches once more, over how many at the most."""
+
+    most: int | None
+
+
 def _led(runs: Runs, work: Callable[[Runs], T]) -> T | QuantDebugError:
     """Work on rank zero, with a word to the others ahead of each pass and after the last."""
 
-    def led(visit: Visit) -> None:
-        from_rank_zero(True)
-        runs(visit)
+    def led(visit: Visit, most: int | None = None) -> None:
+        from_rank_zero(_Pass(most))
+        runs(visit, most)
 
     try:
         return work(led)
     except QuantDebugError as error:
         return error
     finally:
-        from_rank_zero(False)
+        from_rank_zero(None)
 
 
 def mean_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from lightning_quantdebug.activation_equalization import equalize_activations
 from lightning_quantdebug.activation_ranges import set_activation_ranges
@@ -168,8 +167,8 @@ class Repair:
             return set_activation_ranges(session, runs, RangeSetting(item.variant), gather=gather)
         remedies: Mapping[str, Callable[[Runs], Applied]] = {
             "cle": partial(equalize, session),
-            "per_channel": partial(_refined, session, Granularity.PER_CHANNEL),
-            "per_group": partial(_refined, session, Granularity.PER_GROUP),
+            "per_channel": partial(refine, session, granularity=Granularity.PER_CHANNEL),
+            "per_group": partial(refine, session, granularity=Granularity.PER_GROUP),
             "bias_correction": partial(correct_bias, session),
             "adaround": partial(adaround, session, is_late=self._is_late_here, advance=self._layer_done),
             "high_bias_absorption": partial(absorb_high_bias, session),
@@ -199,18 +198,6 @@ def follow_rank_zero(session: Instrumentation) -> None:
     named = {names[key]: adjustment for key, adjustment in state.adjustments.items()}
     found, quantizers = from_rank_zero((named, dict(state.quantizers)))
     session.restore(SessionState({session.keys_by_name[name]: one for name, one in found.items()}, quantizers))
-
-
-def _refined(session: Instrumentation, granularity: Granularity, runs: Runs) -> Applied:
-    """Refine every weight that some calibration batch reaches; the first batch is one that shows all the others too."""
-    outcome: list[Applied] = []
-
-    def visit(run: Callable[[], Any], index: int) -> None:
-        if not outcome:
-            outcome.append(refine(session, run, granularity))
-
-    runs(visit)
-    return outcome[0]
 
 
 def _why_nothing(applied: Applied) -> str:

@@ -23,9 +23,7 @@ from lightning_quantdebug.adjustment import (
     PARAMETERS,
     Adjustment,
     adjusted_parameters,
-    argument,
     clipped,
-    put_argument,
 )
 from lightning_quantdebug.effective_weight import EffectiveWeights, WeightPlace
 from lightning_quantdebug.errors import SettingsError
@@ -35,11 +33,13 @@ from lightning_quantdebug.operations import (
     NO_ARITHMETIC,
     Category,
     Slot,
+    argument,
     category_of,
     clip_bounds,
     functional_call,
     in_place_target,
     operation_name,
+    put_argument,
     tensors_in,
     value_at,
     with_argument,
@@ -242,7 +242,7 @@ class Runner(Interception):
     def _run(self, planned: OpPlan, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation with the quantizers that are on."""
         if planned.folds_into is not None and self.weights.is_folded(planned.folds_into.weights[0]):
-            result = args[0] if args else kwargs["input"]
+            result = argument(args, kwargs, 0, "input")
             if planned.output is None:
                 return result
             return self._put_on_grid(planned, result, overwrite=not torch.is_grad_enabled())
@@ -345,7 +345,7 @@ def _adjusted(
     """The call of an operation without a quantized weight, as remedies have changed it."""
     if adjustment.bounds_scale is not None:
         bounds = clip_bounds(func, args, kwargs)
-        x = args[0] if args else kwargs["input"]
+        x = argument(args, kwargs, 0, "input")
         assert bounds is not None, f"{planned.name} has no bounds to scale"
         scale = adjustment.bounds_scale.to(x.device)
         writes = planned.unsafe and in_place_target(func, args, kwargs) is not None

@@ -181,6 +181,11 @@ class Topology:
         for run in self.runs:
             yield from run
 
+    def batches_to_reach_all(self, usual: int = 1) -> int | None:
+        """How many batches reach every operation: ``usual``, or all (``None``) where they differ from run to run."""
+        recorded = [{operation.key for operation in run} for run in self.runs]
+        return None if any(keys != recorded[0] for keys in recorded) else usual
+
     def output_operations(self) -> list[Operation]:
         """The operations whose results leave the network; if none is known to, those whose results nobody reads."""
         found = [operation for operation in self if any(map(_leaves_network, operation.outputs))]

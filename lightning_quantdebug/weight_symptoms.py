@@ -22,16 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_quantdebug.adjustment import Adjustment, argument, put_argument
+from lightning_quantdebug.adjustment import Adjustment
 from lightning_quantdebug.distribution import ChannelStatistics, range_ratios
-from lightning_quantdebug.encoding import encoding_from_range
-from lightning_quantdebug.fake_quantize import fake_quantize
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.interception import OpKey
 from lightning_quantdebug.layers import Call, Layer, Runs, Tap
-from lightning_quantdebug.operations import value_at, with_argument
+from lightning_quantdebug.operations import argument, positions_of, put_argument, value_at, with_argument
 from lightning_quantdebug.quantizer import Quantizer
-from lightning_quantdebug.range_setting import range_from_tensor
+from lightning_quantdebug.range_setting import quantized_anew
 from lightning_quantdebug.target import Granularity, Mode, RangeSetting
 
 MOST_BATCHES = 4
@@ -100,11 +98,10 @@ def weight_symptoms(session: Instrumentation, runs: Runs) -> list[WeightSymptoms
     taps = {key: tap_of(layers) for key, layers in measured.items()}
 
     def visit(run: Callable[[], Any], index: int) -> None:
-        if index < MOST_BATCHES:
-            with session.reference(), session.tapped(taps):
-                run()
+        with session.reference(), session.tapped(taps):
+            run()
 
-    runs(visit)
+    runs(visit, MOST_BATCHES)
     worst: dict[str, WeightSymptoms] = {}
     for each in (each for layers in measured.values() for each in layers if each.weight is not None):
         found = each.symptoms()
@@ -122,7 +119,7 @@ class _Measured:
         self.adjustment = adjustment
         self.weight: Tensor | None = None
         self._variants: dict[str, Tensor] = {}
-        self._axis = output_axis(layer.op)
+        self._axis = -1 - positions_of(layer.op)
         self._signal: Tensor | float = 0.0
         self._noise: dict[str, Tensor | float] = defaultdict(float)
         self._errors = {name: ChannelStatistics(self._axis) for name in (_NOW, _RANDOM)}
@@ -193,11 +190,6 @@ def decibels(power: float, other: float) -> float:
     return max(-200.0, min(200.0, 10.0 * math.log10(power / other)))
 
 
-def output_axis(op: str) -> int:
-    """Axis of the channels in the result of an operation, from the end, so that it holds with and without a batch."""
-    return -1 - int(op[-2]) if op.startswith("conv") and op.endswith("d") else -1
-
-
 def _first(result: Any) -> Tensor:
     """The result, or the first of several."""
     found = result if isinstance(result, Tensor) else result[0]
@@ -219,8 +211,7 @@ def _variants(layer: Layer, weight: Tensor, adjustment: Adjustment) -> dict[str,
         found[_EVEN] = _equalized(quantizer, weight, axes)
     if quantizer.spec.effective_range_setting is not RangeSetting.MSE and quantizer.factory is None:
         clipped = replace(quantizer.spec, range_setting=RangeSetting.MSE)
-        ends = range_from_tensor(weight, clipped, quantizer.channel_axis)
-        found[_CLIPPED] = fake_quantize(weight, encoding_from_range(*ends, clipped, quantizer.channel_axis))
+        found[_CLIPPED] = quantized_anew(weight, clipped, quantizer.channel_axis)
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, weight.shape, generator=generator).mul_(2).sub_(1).to(weight)
     found[_RANDOM] = weight + (found[_NOW] - weight) * signs
@@ -244,8 +235,7 @@ def _equalized(quantizer: Quantizer, weight: Tensor, axes: Sequence[int]) -> Ten
         magnitude = even.abs().amax(others, keepdim=True)
         magnitude = magnitude.where(magnitude > 0, 1.0)
         even, factor = even / magnitude, factor * magnitude
-    ends = range_from_tensor(even, quantizer.spec, quantizer.channel_axis)
-    return fake_quantize(even, encoding_from_range(*ends, quantizer.spec, quantizer.channel_axis)) * factor
+    return quantized_anew(even, quantizer.spec, quantizer.channel_axis) * factor
 
 
 def _axes(layer: Layer, weight: Tensor) -> tuple[int | None, int | None]:

@@ -121,9 +121,9 @@ def recorded_on(model: nn.Module, target: QuantTarget, *batches: Tensor) -> Inst
 def runs_of(session: Instrumentation, *batches: Tensor) -> Runs:
     """Calibration data of such a network."""
 
-    def runs(visit: Visit) -> None:
+    def runs(visit: Visit, most: int | None = None) -> None:
         with torch.no_grad():
-            for index, batch in enumerate(batches):
+            for index, batch in enumerate(batches[:most]):
                 visit(functools.partial(session.run, functools.partial(session.root, batch)), index)
 
     return runs

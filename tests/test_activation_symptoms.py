@@ -325,7 +325,7 @@ def test_nothing_of_the_session_changes_also_after_an_exception():
         ran: list[int] = []
 
         def breaking(after: int) -> Runs:
-            def runs(visit: Visit) -> None:
+            def runs(visit: Visit, most: int | None = None) -> None:
                 def watched(run: Callable[[], Any], index: int) -> None:
                     def counted() -> Any:
                         ran.append(index)
@@ -335,7 +335,7 @@ def test_nothing_of_the_session_changes_also_after_an_exception():
 
                     visit(counted, index)
 
-                plain(watched)
+                plain(watched, most)
 
             return runs
 

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quantdebug.adjustment import Adjustment, argument, put_argument
+from lightning_quantdebug.adjustment import Adjustment
 from lightning_quantdebug.errors import SettingsError
 from lightning_quantdebug.instrument import Instrumentation, batch_runs, instrument
 from lightning_quantdebug.interception import OpKey
+from lightning_quantdebug.operations import argument, put_argument
 
 X = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1))
 SCALE = torch.tensor([0.5, 2.0, 3.0, 0.25])

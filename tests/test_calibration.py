@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quantdebug import calibration
-from lightning_quantdebug.calibration import calibration_loader, capture, set_ranges
+from lightning_quantdebug.calibration import CalibrationRuns, calibration_loader, capture, set_ranges
 from lightning_quantdebug.errors import CaptureError, EvaluationError
 from lightning_quantdebug.evaluation import Evaluator
 from lightning_quantdebug.instrument import Instrumentation
@@ -221,3 +221,62 @@ def test_every_rank_gets_the_statistics_of_all(monkeypatch: pytest.MonkeyPatch) 
     quantizer = session.quantizers["input"]
     assert (quantizer.observer.range_max, quantizer.observer.count) == (7.0, 16)
     assert quantizer.encoding.scale.item() == pytest.approx(7.0 / 255, rel=1e-6)
+
+
+def test_remedies_load_no_more_batches_than_they_ask_for() -> None:
+    loaded: list[int] = []
+
+    class Counted(torch.utils.data.Dataset):  # type: ignore[type-arg] # of tensors
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, index: int) -> Tensor:
+            loaded.append(index)
+            return images(6)[index]
+
+    module = Judged(convnet(), images(2))
+    loader = torch.utils.data.DataLoader(Counted(), batch_size=None)
+
+    def action(running: Any) -> list[list[int]]:
+        evaluator = Evaluator(running, module, "loss")
+        session = Instrumentation(module, QuantTarget())
+        capture(session, evaluator, loader)
+        found = []
+        for batches, most in ((4, None), (4, 2), (4, 9), (9, None)):
+            visited: list[int] = []
+            loaded.clear()
+            runs = CalibrationRuns(session, evaluator, loader, batches)
+            runs(lambda run, index, visited=visited: visited.append(index), most)
+            found.append([len(visited), len(set(loaded))])
+        return found
+
+    assert in_validation(module, action) == [[4, 4], [2, 2], [4, 4], [6, 6]]
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_a_batch_of_which_no_run_came_to_its_end_is_run_where_it_would_be_missed(hook: bool) -> None:
+    outputs: list[Any] = []
+
+    class Returns(Judged):
+        """Returns its score, which a hook may read."""
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+            super().validation_step(batch, batch_idx)
+            return self.score_of(self.net(batch))
+
+    if hook:
+        Returns.on_validation_batch_end = lambda self, *arguments: outputs.append(arguments[0])  # type: ignore[method-assign] # a hook of the user's
+    module = Returns(convnet(), images(3))
+    stopped: list[bool] = []
+
+    def action(running: Any) -> None:
+        evaluator = Evaluator(running, module, "loss")
+        session = Instrumentation(module, QuantTarget())
+        capture(session, evaluator, "train")
+        outputs.clear()
+        runs = CalibrationRuns(session, evaluator, "train", 3)
+        runs(lambda run, index: stopped.append(session.run_until(run, session.layers[0].key)))
+
+    in_validation(module, action)
+    assert stopped == [True] * 3
+    assert [output is not None for output in outputs[:3]] == [True] * 3 * hook

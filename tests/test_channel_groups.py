@@ -138,8 +138,8 @@ def test_a_network_that_differs_is_traced_on_every_batch() -> None:
         session.record(lambda batch=batch: model(batch))
     session.place()
 
-    def runs(visit: Visit) -> None:
-        for index, batch in enumerate((positive, positive, -positive)):
+    def runs(visit: Visit, most: int | None = None) -> None:
+        for index, batch in enumerate((positive, positive, -positive)[:most]):
             with torch.no_grad():
                 visit(lambda batch=batch: session.run(lambda: model(batch)), index)
 
@@ -170,7 +170,7 @@ def test_what_a_step_gets_to_see_is_left_alone() -> None:
     session.record(step, step=True)
     session.place()
 
-    def runs(visit: Visit) -> None:
+    def runs(visit: Visit, most: int | None = None) -> None:
         with torch.no_grad():
             visit(lambda: session.run(step, step=True), 0)
 
@@ -211,7 +211,7 @@ def test_a_module_that_a_batch_does_not_reach_is_left_alone() -> None:
         session.record(lambda each=each: model(each))
     session.place()
 
-    def runs(visit: Visit) -> None:
+    def runs(visit: Visit, most: int | None = None) -> None:
         with torch.no_grad():
             visit(lambda: session.run(lambda: model(batch)), 0)
 
@@ -221,14 +221,13 @@ def test_a_module_that_a_batch_does_not_reach_is_left_alone() -> None:
 def test_the_runner_is_back_also_after_an_exception() -> None:
     model, batch = make("functional relu")
 
-    def failing(visit: Visit) -> None:
+    def failing(visit: Visit, most: int | None = None) -> None:
         visit(lambda: 1 / 0, 0)
 
     with instrument(model, batch) as session:
-        runner = session._runner
         with pytest.raises(ZeroDivisionError):
             find_channel_groups(session, failing)
-        assert session._runner is runner
+        assert session._watcher is None
         assert model(batch).shape == (2, 2, 6, 6)
 
 

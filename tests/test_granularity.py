@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_quantdebug.granularity import refine
-from lightning_quantdebug.instrument import batch_runs, instrument
-from lightning_quantdebug.target import Granularity
+from lightning_quantdebug.instrument import Instrumentation, batch_runs, instrument
+from lightning_quantdebug.layers import Visit
+from lightning_quantdebug.target import Granularity, QuantTarget
 from tests import zoo
 
 PER_TENSOR = {"weights": {"granularity": "per_tensor"}}
@@ -31,10 +32,9 @@ def refined(model: nn.Module, target: Any, granularity: Granularity, batch: Any 
     """What was applied, the specs by name, and the scales by name."""
     with instrument(model, batch, target) as q:
         q.calibrate([batch])
-        found: list[Any] = []
-        batch_runs(q, [batch])(lambda run, index: found.append(refine(q, run, granularity)))
+        applied = refine(q, batch_runs(q, [batch]), granularity)
         weights = {layer.quantizer.name: layer.quantizer for layer in q.layers}
-        return found[0], {n: w.spec for n, w in weights.items()}, {n: w.encoding for n, w in weights.items()}
+        return applied, {n: w.spec for n, w in weights.items()}, {n: w.encoding for n, w in weights.items()}
 
 
 def test_every_weight_gets_one_scale_for_each_output_channel() -> None:
@@ -106,9 +106,8 @@ def test_a_learned_rounding_keeps_its_encoding() -> None:
         q.calibrate([X])
         q.quantizers["0.weight"].freeze()
         before = q.quantizers["0.weight"].encoding
-        found: list[Any] = []
-        batch_runs(q, [X])(lambda run, index: found.append(refine(q, run, Granularity.PER_CHANNEL)))
-        assert ("0.weight", "its rounding was learned for the encoding that it has") in found[0].skipped
+        applied = refine(q, batch_runs(q, [X]), Granularity.PER_CHANNEL)
+        assert ("0.weight", "its rounding was learned for the encoding that it has") in applied.skipped
         assert q.quantizers["0.weight"].encoding is before
 
 
@@ -123,7 +122,7 @@ def test_any_network_quantizes_at_least_as_well_per_channel(name: str) -> None:
             errors = []
             for refined_now in (False, True):
                 if refined_now:
-                    refine(q, run, Granularity.PER_CHANNEL)
+                    refine(q, batch_runs(q, [batch]), Granularity.PER_CHANNEL)
                 with q.modes("quantize", kind="weight"):
                     pairs = [(weights[x.key][0], x.quantizer(weights[x.key][0])) for x in q.layers if x.key in weights]
                 errors.append(sum(float((exact - rounded).square().sum()) for exact, rounded in pairs))
@@ -131,3 +130,32 @@ def test_any_network_quantizes_at_least_as_well_per_channel(name: str) -> None:
             assert errors[1] <= 1.1 * errors[0]
 
         batch_runs(q, [batch])(visit)
+
+
+class Branching(nn.Module):
+    """Takes one of two layers, as the data decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) if float(x.sum()) > 0 else self.other(x)
+
+
+def test_a_weight_that_the_first_batch_does_not_reach_is_not_left_without_a_range() -> None:
+    model, batches = Branching().eval(), [torch.ones(2, 4), -torch.ones(2, 4)]
+    session = Instrumentation(model, QuantTarget.from_value(PER_TENSOR))
+    for batch in batches:
+        session.record(lambda batch=batch: model(batch))
+    session.place()
+
+    def runs(visit: Visit, most: int | None = None) -> None:
+        with torch.no_grad():
+            for index, batch in enumerate(batches[:most]):
+                visit(lambda batch=batch: session.run(lambda: model(batch)), index)
+
+    with session.observing():
+        runs(lambda run, index: run())
+    assert refine(session, runs, Granularity.PER_CHANNEL).changed == ("one.weight", "other.weight")
+    assert all(layer.quantizer.is_calibrated for layer in session.layers)

@@ -238,7 +238,7 @@ def test_one_channel_that_is_not_a_number_keeps_none_of_the_others_from_giving()
 def test_too_much_is_found_out_and_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(raised(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 3)).eval()
-    monkeypatch.setattr(high_bias_absorption._Outputs, "floor", torch.full((6,), 30.0))
+    monkeypatch.setattr(high_bias_absorption, "_floor", lambda seen: torch.full((6,), 30.0))
     applied, before, after, error = absorbed(model, torch.randn(8, 4))
     assert [finding.cause for finding in applied.findings] == [Cause.CHANGED_FUNCTION]
     assert applied.findings[0].evidence.startswith("high-bias absorption changed the FP32 output '2' by ")

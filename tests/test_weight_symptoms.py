@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_quantdebug.adjustment import Adjustment
 from lightning_quantdebug.instrument import batch_runs, instrument
-from lightning_quantdebug.weight_symptoms import MOST_BATCHES, WeightSymptoms, decibels, output_axis, weight_symptoms
+from lightning_quantdebug.operations import positions_of
+from lightning_quantdebug.weight_symptoms import MOST_BATCHES, WeightSymptoms, decibels, weight_symptoms
 
 torch.set_num_threads(1)
 
@@ -263,8 +264,8 @@ def test_only_the_first_batches_are_run_and_nothing_of_the_session_changes():
         before = {name: (q.mode, q.encoding, q.observer.count) for name, q in session.quantizers.items()}
         ran: list[int] = []
 
-        def runs(visit):
-            batch_runs(session, batches)(lambda run, index: visit(lambda: (ran.append(index), run())[1], index))
+        def runs(visit, most=None):
+            batch_runs(session, batches)(lambda run, index: visit(lambda: (ran.append(index), run())[1], index), most)
 
         weight_symptoms(session, runs)
         assert ran == list(range(MOST_BATCHES))
@@ -291,4 +292,4 @@ def test_decibels_stay_numbers(power, other, expected):
     ("op", "axis"), [("conv2d", -3), ("conv_transpose1d", -2), ("conv3d", -4), ("linear", -1), ("embedding", -1)]
 )
 def test_channels_of_a_result(op, axis):
-    assert output_axis(op) == axis
+    assert -1 - positions_of(op) == axis
