@@ -21,8 +21,10 @@ def after_repair(report: Report, step: StepName, verdict: StepVerdict) -> str:
     """
     tried = [item for item in report.remedies if item.step == step.value]
     kept = ", ".join(item.title for item in tried if item.kept)
-    if verdict in (StepVerdict.PASSED, StepVerdict.NOISE):
+    if verdict is StepVerdict.PASSED:
         return f"Repaired by {kept}: the loss is within the tolerance." if kept else verdict.advice
+    if verdict is StepVerdict.NOISE:
+        return f"{kept} helped. {verdict.advice}" if kept else verdict.advice
     if kept:
         return f"{kept} helped, but the loss still exceeds the tolerance; it stays with what helped."
     if not tried:

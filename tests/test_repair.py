@@ -308,7 +308,8 @@ def tries(*kept: bool, step: StepName = WEIGHTS) -> Report:
     ("report", "verdict", "text"),
     [
         (tries(True, False), "passed", "Repaired by cle: the loss is within the tolerance."),
-        (tries(True, True), "noise", "Repaired by cle, adaround: the loss is within the tolerance."),
+        (tries(True, True), "noise", "cle, adaround helped. The loss can not be told from zero with these samples."),
+        (tries(False), "noise", "The loss can not be told from zero with these samples."),
         (tries(), "passed", "The loss is within the tolerance: nothing to repair here."),
         (tries(True, False), "failed", "cle helped, but the loss still exceeds the tolerance; it stays with"),
         (tries(False, False), "failed", "None of 2 remedies helped beyond noise, so all of them were undone."),
