@@ -163,7 +163,25 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """One quantizer alone at its target bit-width, the rest in FP32."""
+    """One quantizer alone at its target bit-width, the rest in FP32.
+
+    Attributes:
+        quantizer: Its name.
+        kind: ``weight`` or ``activation``.
+        bit_width: Its bits.
+        score: The monitored score, on the samples that it was measured on; ``None`` where it was not.
+        loss: Loss of score against FP32 on the same samples, positive is worse.
+        interval: Confidence interval of ``loss`` (95 %), of this quantizer alone.
+        sqnr_db: SQNR of the network's output, in dB.
+        method: ``exact`` (all samples), ``race`` (stopped early: certainly not among the worst), or ``estimate``.
+        kl: Mean Kullback-Leibler divergence of the output's classes from those of FP32, in nats; ``None`` where the
+            output is no set of classes.
+        samples: Samples behind all of this.
+        task_loss: Estimated change of the task's loss, signed; ``None`` where it was not estimated.
+        guilty: Whether the loss of score can be told from zero, considering how many quantizers were tested.
+        loss_when_off: Loss of score with all quantizers on but this one; ``None`` where it was not measured.
+        counterfactuals: SQNR of the quantized tensor itself, in dB: as it is (``now``) and as it would be.
+    """
 
     quantizer: str
     kind: str
@@ -173,6 +191,12 @@ class Sensitivity:
     interval: tuple[float, float] | None
     sqnr_db: float | None
     method: str
+    kl: float | None = None
+    samples: int | None = None
+    task_loss: float | None = None
+    guilty: bool = False
+    loss_when_off: float | None = None
+    counterfactuals: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
