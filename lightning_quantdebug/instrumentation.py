@@ -27,6 +27,7 @@ from lightning_quantdebug.placement import place
 from lightning_quantdebug.plan import Plan
 from lightning_quantdebug.quantizer import Quantizer, QuantizerState, load_custom_quantizer
 from lightning_quantdebug.recorder import Recorder, input_names
+from lightning_quantdebug.replay import Memo
 from lightning_quantdebug.report import Coverage
 from lightning_quantdebug.runner import Reached, Runner, Trace
 from lightning_quantdebug.target import Kind, Mode, QuantTarget, parse_choice
@@ -181,6 +182,17 @@ class Instrumentation:
             yield
         finally:
             runner.trace = None
+
+    @contextmanager
+    def memoized(self, memo: Memo, record: bool = False) -> Iterator[None]:
+        """Keep in ``memo`` what runs compute while the block runs, or compute only what differs from it."""
+        runner = self._placed()
+        runner.memo = memo
+        try:
+            with memo.active(record):
+                yield
+        finally:
+            runner.memo = None
 
     @property
     def keys_by_name(self) -> dict[str, OpKey]:

@@ -46,6 +46,7 @@ from lightning_quantdebug.operations import (
 )
 from lightning_quantdebug.plan import Plan
 from lightning_quantdebug.quantizer import Quantizer
+from lightning_quantdebug.replay import Memo
 from lightning_quantdebug.target import Kind, Mode
 
 # Operations whose result is a tensor of its own that nobody else holds: a quantizer may write into it.
@@ -107,6 +108,7 @@ class Runner(Interception):
     Attributes:
         unseen: How often operations ran that recording had not met; they run in FP32.
         trace: Called with the name and the result of each recorded operation; ``None``: nothing is traced.
+        memo: What a run on the same batch has computed; ``None``: everything is computed.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class Runner(Interception):
         super().__init__(root, scope)
         self.unseen: dict[str, int] = defaultdict(int)
         self.trace: Trace | None = None
+        self.memo: Memo | None = None
         self._criteria = plan.criteria
         self.weights = EffectiveWeights({clean_path(path): module for path, module in root.named_modules()})
         self._table: dict[tuple[str, int | None], dict[Any, dict[int | None, OpPlan]]] = {}
@@ -203,8 +206,10 @@ class Runner(Interception):
     ) -> Any:
         """Look the operation up and run it as planned."""
         frame = self.stack[-1]
-        if frame.muted or type(func) is MethodWrapperType:
+        if frame.muted:
             return func(*args, **(kwargs or {}))
+        if type(func) is MethodWrapperType:
+            return func(*args, **(kwargs or {})) if self.memo is None else self.memo.getter(func, args, kwargs or {})
         if func is F.multi_head_attention_forward:
             return self.call_decomposed(args, kwargs or {})
         site = call_site(sys._getframe(1))
@@ -220,10 +225,16 @@ class Runner(Interception):
         if planned is None:
             self._count_unseen(func, frame, args, kwargs)
             return func(*args, **(kwargs or {}))
-        result = self._run(planned, func, args, kwargs or {})
+        result = self._outcome(planned, (frame.path, frame.call, func, site, occurrence), args, kwargs or {})
         if self.trace is not None:
             self.trace(planned.name, result)
         return result
+
+    def _outcome(self, planned: OpPlan, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operation, or take from an earlier run on the same batch what it gave there."""
+        if self.memo is None:
+            return self.run_planned(planned, key[2], args, kwargs)
+        return self.memo.run(self, key, planned, args, kwargs)
 
     def _count_unseen(
         self, func: Callable[..., Any], frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any] | None
@@ -239,13 +250,15 @@ class Runner(Interception):
         """Whether a module judges the network."""
         return any(path == criterion or path.startswith(f"{criterion}.") for criterion in self._criteria)
 
-    def _run(self, planned: OpPlan, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_planned(
+        self, planned: OpPlan, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Run one operation with the quantizers that are on."""
         if planned.folds_into is not None and self.weights.is_folded(planned.folds_into.weights[0]):
             result = argument(args, kwargs, 0, "input")
             if planned.output is None:
                 return result
-            return self._put_on_grid(planned, result, overwrite=not torch.is_grad_enabled())
+            return self.put_on_grid(planned, result, overwrite=not torch.is_grad_enabled() and self.memo is None)
         for slot, quantizer in planned.inputs:
             if quantizer.mode is not Mode.BYPASS:
                 args, kwargs = with_argument(args, kwargs, slot, quantizer(value_at(args, kwargs, slot)))
@@ -265,15 +278,15 @@ class Runner(Interception):
         target = in_place_target(func, args, kwargs)
         nobody_looks_back = not torch.is_grad_enabled()
         if target is None:
-            return self._put_on_grid(
+            return self.put_on_grid(
                 planned, _call(planned, func, args, kwargs), nobody_looks_back and planned.makes_new
             )
         form = None if planned.unsafe else functional_call(func, args, kwargs)
         if form is None:
             return self._run_written(planned, func, target, args, kwargs)
         if nobody_looks_back:
-            return self._put_on_grid(planned, _call(planned, func, args, kwargs), overwrite=True)
-        return self._put_on_grid(planned, _call(planned, form[0], form[1], form[2]).to(target.dtype))
+            return self.put_on_grid(planned, _call(planned, func, args, kwargs), overwrite=True)
+        return self.put_on_grid(planned, _call(planned, form[0], form[1], form[2]).to(target.dtype))
 
     def _run_written(
         self, planned: OpPlan, func: Callable[..., Any], target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -282,13 +295,13 @@ class Runner(Interception):
         form = functional_call(func, args, kwargs)
         if form is None or not torch.is_grad_enabled():
             result = _call(planned, func, args, kwargs)
-            target.copy_(self._put_on_grid(planned, target.clone(), overwrite=not torch.is_grad_enabled()))
+            target.copy_(self.put_on_grid(planned, target.clone(), overwrite=not torch.is_grad_enabled()))
             return result
         # Autograd has saved what goes in or what comes out: neither may be the tensor that is written into.
         result = form[0](target.clone(), *form[1][1:], **form[2])
-        return target.copy_(self._put_on_grid(planned, result))
+        return target.copy_(self.put_on_grid(planned, result))
 
-    def _put_on_grid(self, planned: OpPlan, result: Any, overwrite: bool = False) -> Any:
+    def put_on_grid(self, planned: OpPlan, result: Any, overwrite: bool = False) -> Any:
         """The result with its tensors quantized."""
         assert planned.output is not None
         if isinstance(result, Tensor):
