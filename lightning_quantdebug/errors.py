@@ -23,6 +23,10 @@ class EvaluationError(QuantDebugError, RuntimeError):
     """The user's validation loop can not be run or does not give the monitored score."""
 
 
+class LanesError(EvaluationError):
+    """Several evaluations can not go side by side through one pass; one after the other they can."""
+
+
 class NonFiniteScoreError(EvaluationError):
     """The monitored score is NaN or infinite."""
 

@@ -19,13 +19,14 @@ from typing import Any
 
 from lightning_quantdebug import lightning_compat as compat
 from lightning_quantdebug.batch_scores import BatchRecorder, BatchScore
-from lightning_quantdebug.errors import EvaluationError, NonFiniteScoreError, SettingsError
+from lightning_quantdebug.errors import EvaluationError, LanesError, NonFiniteScoreError, SettingsError
 from lightning_quantdebug.evaluation_data import EvaluationData
+from lightning_quantdebug.lanes import Schedule
 from lightning_quantdebug.lightning_compat import ModuleLike, TrainerLike
 from lightning_quantdebug.loader_copies import check_limit
 from lightning_quantdebug.random_state import isolated_random_state
 from lightning_quantdebug.rank_agreement import gather, joined_batches, mean_metrics, total_samples
-from lightning_quantdebug.validation_pass import AroundStep, PassRequest, neutral_torch, run_pass
+from lightning_quantdebug.validation_pass import AroundStep, Outcome, PassRequest, neutral_torch, run_pass
 
 __all__ = ["AroundStep", "BatchScore", "Evaluation", "Evaluator"]
 
@@ -181,27 +182,66 @@ class Evaluator:
         finally:
             _running.discard(self.trainer)
 
+    def run_lanes(
+        self, schedule: Schedule, around_step: AroundStep, *, limit: int | float | None = None
+    ) -> dict[str, Evaluation]:
+        """Run several evaluations side by side in one pass of validation.
+
+        Each ends with the numbers of a pass of its own (:class:`lightning_quantdebug.lanes.Lanes`).
+
+        Args:
+            schedule: Says which evaluations there are, and is told which of them is at work.
+            around_step: As in :meth:`run`, called for each batch of each evaluation; it may call its ``call`` once.
+            limit: As in :meth:`run`.
+
+        Returns:
+            The evaluations by their lanes' names. Their scores are not checked: they may be NaN.
+
+        Raises:
+            LanesError: If they must be run one after the other, and why.
+            EvaluationError: If no pass can run now.
+        """
+        if self._keeps_user_callbacks:
+            raise LanesError("the metric is logged by a callback")
+        if self.trainer in _running or compat.outer_validation(self.trainer) == "iterating":
+            raise EvaluationError("Lanes can not be run inside a validation. Start them after it ended.")
+        _running.add(self.trainer)
+        try:
+            request = PassRequest(around_step, self.seed, 0, False, schedule)
+            return self._pass(None, self.limit_batches if limit is None else limit, request)
+        finally:
+            _running.discard(self.trainer)
+
     def _evaluate(self, around_step: AroundStep | None, loader: Any, limit: Any, model_seed: int) -> Evaluation:
         """One pass, or two where the metric turns out to be logged by one of the user's callbacks."""
         if limit is None:
             limit = self.limit_batches if loader is None else 1.0
         request = PassRequest(around_step, self.seed, model_seed, self._keeps_user_callbacks)
-        evaluation = self._pass(loader, limit, request)
+        (evaluation,) = self._pass(loader, limit, request).values()
         if loader is not None:
             return evaluation
         if self.monitor not in evaluation.metrics and not self._keeps_user_callbacks:
-            evaluation = self._pass(loader, limit, replace(request, keeps_user_callbacks=True))
+            (evaluation,) = self._pass(loader, limit, replace(request, keeps_user_callbacks=True)).values()
             self._keeps_user_callbacks = self.monitor in evaluation.metrics
         self._check_score(evaluation)
         return evaluation
 
-    def _pass(self, loader: Any, limit: int | float, request: PassRequest) -> Evaluation:
-        """Run the loop once and put together what the ranks found."""
+    def _pass(self, loader: Any, limit: int | float, request: PassRequest) -> dict[str, Evaluation]:
+        """Run the loop once and put together what the ranks found, lane by lane."""
         started = time.monotonic()
-        recorder = BatchRecorder(self.monitor, lambda batch: compat.batch_size_of(self.trainer, batch))
+
+        def recorder() -> BatchRecorder:
+            return BatchRecorder(self.monitor, lambda batch: compat.batch_size_of(self.trainer, batch))
+
         with neutral_torch(), isolated_random_state():
             data = self._data.get(loader, limit)
-            logged = run_pass(self.trainer, self.pl_module, data, recorder, request)
+            outcomes = run_pass(self.trainer, self.pl_module, data, recorder, request)
+        seconds = time.monotonic() - started
+        return {lane: self._evaluation(outcome, seconds) for lane, outcome in outcomes.items()}
+
+    def _evaluation(self, outcome: Outcome, seconds: float) -> Evaluation:
+        """What the ranks have found in one lane."""
+        logged, recorder = outcome.logged, outcome.recorder
         self._higher_is_better.update(recorder.higher_is_better)
         scalars = {name: value.item() for name, value in logged.items() if value.numel() == 1}
         ranks = gather((scalars, recorder.batches(), recorder.samples()))
@@ -211,7 +251,7 @@ class Evaluator:
             metrics=metrics,
             batches=joined_batches([rank[1] for rank in ranks]),
             samples=total_samples([rank[2] for rank in ranks]),
-            seconds=time.monotonic() - started,
+            seconds=seconds,
         )
 
     def _check_score(self, evaluation: Evaluation) -> None:

@@ -164,6 +164,10 @@ _PRIVATE_ATTRIBUTES = (
     "validate_loop._results._forked_name",
     "validate_loop._results.update_metrics",
     "validate_loop._stage",
+    "validate_loop.batch_progress",
+    "validate_loop._seen_batches_per_dataloader",
+    "validate_loop._logged_outputs",
+    "validate_loop._store_dataloader_outputs",
     "validate_loop._trainer_fn",
 )
 _LOOP_ARGUMENTS = ("trainer", "trainer_fn", "stage", "verbose", "inference_mode")
@@ -391,16 +395,53 @@ def listen(loop: Any, on_log: Callable[[LoggedValue], None]) -> None:
     results.update_metrics = update_and_tell
 
 
-def on_each_batch(loop: Any, before: Callable[[int, int], None], after: Callable[[Any], None]) -> None:
-    """Call ``before(batch_idx, dataloader_idx)`` and ``after(batch)`` around every batch of the loop."""
+def on_each_batch(
+    loop: Any, before: Callable[[int, int], None], run: Callable[[Callable[[], None], Any], None]
+) -> None:
+    """Call ``before(batch_idx, dataloader_idx)`` and then ``run(evaluate, batch)`` for every batch of the loop.
+
+    ``evaluate()`` is what the loop does with a batch: it transfers it and calls the hooks and the step.
+    """
     evaluate = loop._evaluation_step
 
     def evaluate_and_tell(batch: Any, batch_idx: int, dataloader_idx: int, dataloader_iter: Any) -> None:
         before(batch_idx, dataloader_idx)
-        evaluate(batch, batch_idx, dataloader_idx, dataloader_iter)
-        after(batch)
+        run(lambda: evaluate(batch, batch_idx, dataloader_idx, dataloader_iter), batch)
 
     loop._evaluation_step = evaluate_and_tell
+
+
+def on_each_end(
+    loop: Any, of_loader: Callable[[Callable[[], None]], None], of_run: Callable[[Callable[[], Any]], Any]
+) -> None:
+    """Call ``of_loader(store)`` instead of each storing of a loader's outputs, ``of_run(end)`` at the loop's end."""
+    store, end = loop._store_dataloader_outputs, loop.on_run_end
+    loop._store_dataloader_outputs = lambda: of_loader(store)
+    loop.on_run_end = lambda: of_run(end)
+
+
+def batch_state(loop: Any) -> tuple[Any, ...]:
+    """What one batch changes in a validation loop and in the log, as roots of a snapshot."""
+    progress, results = loop.batch_progress, loop._results
+    counts = (vars(progress.total), vars(progress.current), loop._seen_batches_per_dataloader)
+    return (results, vars(results), vars(loop.trainer._logger_connector), loop._logged_outputs, *counts)
+
+
+@contextmanager
+def transferred_once(trainer: TrainerLike) -> Iterator[None]:
+    """A batch that is transferred several times in the block is the same tensors each time."""
+    strategy = trainer.strategy
+    kept_batches: list[Any] = []
+    transfer = strategy.batch_to_device
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        if not kept_batches:
+            kept_batches.append(transfer(*args, **kwargs))
+        return kept_batches[0]
+
+    with kept(strategy, "batch_to_device"):
+        strategy.batch_to_device = once
+        yield
 
 
 def run_loop(loop: Any, data: LoopData) -> dict[str, torch.Tensor]:

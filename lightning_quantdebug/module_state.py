@@ -47,6 +47,9 @@ class StateSnapshot:
         skip: Attribute names of modules whose reference is kept but not looked into (Lightning's own).
         parameters: Keep the values of parameters as well.
 
+    Attributes:
+        num_bytes: Size of the tensors and arrays that were copied.
+
     Example:
         >>> seen = []
         >>> snapshot = StateSnapshot(seen)
@@ -60,6 +63,7 @@ class StateSnapshot:
         """Take the snapshot."""
         self._skip = skip | frozenset(vars(nn.Module()))
         self._parameters = parameters
+        self.num_bytes = 0
         self._undo: list[Callable[[], None]] = []
         self._seen: dict[int, Any] = {}
         self._pending: list[Any] = []
@@ -88,6 +92,7 @@ class StateSnapshot:
         elif isinstance(value, (list, deque, set, tuple)):
             self._take_collection(value)
         elif isinstance(value, np.ndarray):
+            self.num_bytes += value.nbytes
             self._undo.append(partial(_restore_array, value, value.copy()))
         elif is_root or _is_plain_object(value):
             self._take_mapping(vars(value))
@@ -98,6 +103,7 @@ class StateSnapshot:
             return
         # Outside inference mode nobody can write to an inference tensor; `_take_mapping` lends a copy instead.
         if not is_lazy(tensor) and not tensor.is_inference():
+            self.num_bytes += tensor.nbytes
             self._undo.append(partial(_restore_tensor, tensor, tensor.detach().clone()))
 
     def _take_module(self, module: nn.Module) -> None:

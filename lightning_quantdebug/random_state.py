@@ -10,6 +10,26 @@ import numpy as np
 import torch
 
 
+class RandomState:
+    """The state of every global generator at one moment."""
+
+    def __init__(self) -> None:
+        """Take the states as they are."""
+        self._python, self._numpy, self._host = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self._mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+
+    def restore(self) -> None:
+        """Give the generators these states, as often as wanted."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._host)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+        if self._mps is not None:
+            torch.mps.set_rng_state(self._mps)
+
+
 @contextmanager
 def isolated_random_state() -> Iterator[None]:
     """Give every global generator its state back, also after an exception (which Lightning's own guard does not).
@@ -22,19 +42,11 @@ def isolated_random_state() -> Iterator[None]:
         >>> bool(torch.rand(1) == first)
         True
     """
-    python, numpy, host = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    before = RandomState()
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(host)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-        if mps is not None:
-            torch.mps.set_rng_state(mps)
+        before.restore()
 
 
 def seed_all(*parts: int) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lightning_quantdebug import lightning_compat as compat
 from lightning_quantdebug.batch_scores import BatchRecorder
+from lightning_quantdebug.errors import LanesError
+from lightning_quantdebug.lanes import Lanes, Schedule
 from lightning_quantdebug.lightning_compat import LoopData, ModuleLike, TrainerLike, kept, replaced
 from lightning_quantdebug.loader_copies import seeded_generators
 from lightning_quantdebug.module_state import StateSnapshot, preserved
@@ -35,6 +37,15 @@ class PassRequest:
     seed: int
     model_seed: int
     keeps_user_callbacks: bool
+    schedule: Schedule | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What one lane of a pass has logged, and who listened to it."""
+
+    logged: dict[str, Tensor]
+    recorder: BatchRecorder
 
 
 @contextmanager
@@ -74,19 +85,54 @@ def _ours(callback: object) -> bool:
 
 
 def run_pass(
-    trainer: TrainerLike, pl_module: ModuleLike, data: LoopData, recorder: BatchRecorder, request: PassRequest
-) -> dict[str, Tensor]:
-    """Run the user's loop over ``data`` and return all that was logged; ``recorder`` hears the batches."""
-    with (
-        borrowed(trainer, pl_module, kept_callbacks(trainer, request.keeps_user_callbacks)) as loop,
-        seeded_generators(data.loaders, request.seed),
-    ):
+    trainer: TrainerLike,
+    pl_module: ModuleLike,
+    data: LoopData,
+    new_recorder: Callable[[], BatchRecorder],
+    request: PassRequest,
+) -> dict[str, Outcome]:
+    """Run the user's loop over ``data``, and return what each lane has logged; without a schedule there is one lane.
+
+    Raises:
+        LanesError: If several lanes can not go through one pass.
+    """
+    callbacks = kept_callbacks(trainer, request.keeps_user_callbacks)
+    if request.schedule is not None and _moves_weights(trainer, pl_module, callbacks):
+        raise LanesError("weights are exchanged for validation, or its metric is logged by a callback")
+    with borrowed(trainer, pl_module, callbacks) as loop, seeded_generators(data.loaders, request.seed):
         place = _Place(trainer.global_rank)
-        compat.listen(loop, recorder.on_log)
-        compat.on_each_batch(loop, before=place.move, after=recorder.end_batch)
-        _StepRunner(pl_module, loop, recorder, request, place).install()
+        if request.schedule is None:
+            recorder = new_recorder()
+            runner = _StepRunner(pl_module, loop, lambda: recorder, request, place)
+            compat.listen(loop, recorder.on_log)
+            compat.on_each_batch(loop, place.move, _one_lane(recorder))
+        else:
+            lanes = Lanes(loop, (pl_module,), request.schedule, new_recorder)
+            runner = _StepRunner(pl_module, loop, lambda: lanes.recorder, request, place)
+            compat.listen(loop, lanes.on_log)
+            compat.on_each_batch(loop, place.move, lanes.batch)
+            compat.on_each_end(loop, lanes.store, lanes.end)
+        runner.install()
         seed_all(request.seed)
-        return compat.run_loop(loop, data)
+        logged = compat.run_loop(loop, data)
+    if request.schedule is None:
+        return {"": Outcome(logged, recorder)}
+    return {lane: Outcome(metrics, lanes.recorders[lane]) for lane, metrics in lanes.metrics.items()}
+
+
+def _one_lane(recorder: BatchRecorder) -> Callable[[Callable[[], None], Any], None]:
+    """Run each batch once and let ``recorder`` hear its end."""
+
+    def run(evaluate: Callable[[], None], batch: Any) -> None:
+        evaluate()
+        recorder.end_batch(batch)
+
+    return run
+
+
+def _moves_weights(trainer: TrainerLike, pl_module: ModuleLike, callbacks: list[Any]) -> bool:
+    """Whether the weights may be others during validation."""
+    return bool(callbacks) or any(compat.is_overridden(trainer, hook, pl_module) for hook in _WEIGHT_HOOKS)
 
 
 @contextmanager
@@ -96,7 +142,7 @@ def borrowed(trainer: TrainerLike, pl_module: ModuleLike, callbacks: list[Any]) 
     original = getattr(holder, name)
     loop = compat.new_loop(original)
     finished = compat.outer_validation(trainer) == "finished"
-    moves_weights = bool(callbacks) or any(compat.is_overridden(trainer, hook, pl_module) for hook in _WEIGHT_HOOKS)
+    moves_weights = _moves_weights(trainer, pl_module, callbacks)
     skip = compat.bare_module_attributes(trainer)
     with ExitStack() as stack:
         enter = stack.enter_context
@@ -134,7 +180,12 @@ class _StepRunner:
     """Stands in for the user's ``validation_step`` during a pass."""
 
     def __init__(
-        self, pl_module: ModuleLike, loop: Any, recorder: BatchRecorder, request: PassRequest, place: _Place
+        self,
+        pl_module: ModuleLike,
+        loop: Any,
+        recorder: Callable[[], BatchRecorder],
+        request: PassRequest,
+        place: _Place,
     ) -> None:
         self._pl_module = pl_module
         self._loop = loop
@@ -156,18 +207,20 @@ class _StepRunner:
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the step plainly or through ``around_step``."""
         around, place = self._request.around_step, self._place
-        self._recorder.start_batch()
+        self._recorder().start_batch()
         if around is None:
             return self._call(args, kwargs)
+        is_lane = self._request.schedule is not None
         logged = (self._loop._results, vars(self._loop.trainer._logger_connector))
-        before = StateSnapshot(self._pl_module, *logged, skip=self._skip)
+        before = None if is_lane else StateSnapshot(self._pl_module, *logged, skip=self._skip)
         calls = 0
 
         def call() -> Any:
             nonlocal calls
             if calls:
+                assert before is not None, "a lane runs its step once"
                 before.restore()
-                self._recorder.start_batch()
+                self._recorder().start_batch()
             calls += 1
             return self._call(args, kwargs)
 
