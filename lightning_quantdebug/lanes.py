@@ -132,7 +132,7 @@ class Lanes:
 
     def _snapshot(self) -> StateSnapshot:
         """All that a batch may change, as it is now."""
-        return StateSnapshot(*self._roots, *compat.batch_state(self._loop), skip=self._skip)
+        return StateSnapshot(*self._roots, *compat.batch_state(self._loop), skip=self._skip, passive=True)
 
     def _check(self, lane: str, wrote: bool) -> None:
         """Raise if lanes disturb each other or hold too much."""

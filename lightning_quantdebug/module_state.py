@@ -46,6 +46,7 @@ class StateSnapshot:
         roots: Modules, containers or objects.
         skip: Attribute names of modules whose reference is kept but not looked into (Lightning's own).
         parameters: Keep the values of parameters as well.
+        passive: Leave torch's own layers in eval mode out: nothing that they hold changes when they run.
 
     Attributes:
         num_bytes: Size of the tensors and arrays that were copied.
@@ -59,8 +60,11 @@ class StateSnapshot:
         []
     """
 
-    def __init__(self, *roots: Any, skip: frozenset[str] = frozenset(), parameters: bool = False) -> None:
+    def __init__(
+        self, *roots: Any, skip: frozenset[str] = frozenset(), parameters: bool = False, passive: bool = False
+    ) -> None:
         """Take the snapshot."""
+        self._leaves_passive = passive
         self._skip = skip | frozenset(vars(nn.Module()))
         self._parameters = parameters
         self.num_bytes = 0
@@ -109,6 +113,9 @@ class StateSnapshot:
     def _take_module(self, module: nn.Module) -> None:
         """Keep a module's attributes, buffers, children and mode. Our own quantizers keep what they calibrate."""
         if type(module).__module__.partition(".")[0] == "lightning_quantdebug":
+            return
+        if self._leaves_passive and not module.training and type(module).__module__.startswith("torch.nn.modules."):
+            self._pending += module._modules.values()
             return
         if isinstance(module, torch.jit.ScriptModule):
             self._undo += [partial(setattr, part, "training", part.training) for part in module.modules()]
