@@ -9,8 +9,21 @@ from lightning_quantdebug.settings import Direction
 from lightning_quantdebug.statistics import paired_interval
 
 
-def loss_interval(reference: Evaluation, evaluation: Evaluation, direction: Direction) -> tuple[float, float] | None:
+def loss_interval(
+    reference: Evaluation,
+    evaluation: Evaluation,
+    direction: Direction,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> tuple[float, float] | None:
     """Confidence interval of the loss from the batches' paired differences.
+
+    Args:
+        reference: FP32.
+        evaluation: The same batches, quantized.
+        direction: Whether a small or a large score is good.
+        confidence: Probability that the interval is to have.
+        resamples: Bootstrap samples.
 
     Returns:
         The interval, centred so that it belongs to the loss of the whole score; ``None`` where the metric has no value
@@ -21,7 +34,7 @@ def loss_interval(reference: Evaluation, evaluation: Evaluation, direction: Dire
     pairs = list(zip(reference.batches, evaluation.batches, strict=True))
     differences = [direction.loss(before.value, after.value) for before, after in pairs]
     weights = [after.weight for _, after in pairs]
-    interval = paired_interval(differences, weights)
+    interval = paired_interval(differences, weights, confidence, resamples)
     if interval is None:
         return None
     # A score that is no plain mean over samples (macro averages, say) differs from the mean over batches.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import random
 import re
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
 
+from lightning_quantdebug import statistics
 from lightning_quantdebug.errors import SettingsError
 from lightning_quantdebug.statistics import paired_interval, samples_to_resolve
 
@@ -148,3 +150,13 @@ def test_samples_that_can_not_be_foretold_are_refused(samples, interval, toleran
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(SettingsError, match=re.escape(message)):
         paired_interval(*arguments)
+
+
+@pytest.mark.parametrize("confidence", [0.95, 0.99, 1 - 0.05 / 134])
+def test_student_quantile_is_that_of_scipy(confidence: float) -> None:
+    from scipy import stats
+
+    upper = 1 - (1 - confidence) / 2
+    for freedom in (*range(1, 12), 50, 99, 100, 101, 500):
+        found = statistics._student_quantile(NormalDist().inv_cdf(upper), freedom)
+        assert found == pytest.approx(stats.t.ppf(upper, freedom), rel=1e-4)
