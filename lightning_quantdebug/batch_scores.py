@@ -83,6 +83,11 @@ class BatchRecorder:
         ]
         return tuple(known) if known and len(known) == len(self._entries) else None
 
+    @property
+    def count(self) -> int:
+        """Number of batches, whether they logged the metric or not."""
+        return len(self._sizes)
+
     def samples(self) -> int | None:
         """Number of samples behind the score: of the batches that logged it, or of all if none did."""
         sizes = self._counted or self._sizes

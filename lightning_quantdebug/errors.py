@@ -27,6 +27,10 @@ class LanesError(EvaluationError):
     """Several evaluations can not go side by side through one pass; one after the other they can."""
 
 
+class TooManyLanesError(LanesError):
+    """What the evaluations of one pass gather takes too much memory: fewer of them can go side by side."""
+
+
 class NonFiniteScoreError(EvaluationError):
     """The monitored score is NaN or infinite."""
 

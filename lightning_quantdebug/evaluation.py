@@ -57,6 +57,7 @@ class Evaluation:
         batches: Score of each batch, those of all ranks in order of rank; ``None`` if the metric has none.
         samples: Number of samples behind the score, over all ranks; ``None`` if it can not be told.
         seconds: Wall time of the pass.
+        count: Number of batches that this rank has run.
     """
 
     score: float
@@ -64,6 +65,7 @@ class Evaluation:
     batches: tuple[BatchScore, ...] | None
     samples: int | None
     seconds: float
+    count: int = 0
 
 
 class Evaluator:
@@ -160,6 +162,25 @@ class Evaluator:
                 had, or if the Trainer is at a place where no pass can run.
             SettingsError: If ``loader`` or ``limit`` is none of the above.
         """
+        evaluation = self.run_unchecked(around_step, loader=loader, limit=limit, model_seed=model_seed)
+        if loader is None:
+            self._check_score(evaluation)
+        return evaluation
+
+    def run_unchecked(
+        self,
+        around_step: AroundStep | None = None,
+        *,
+        loader: Any = None,
+        limit: int | float | None = None,
+        model_seed: int = 0,
+    ) -> Evaluation:
+        """Run one pass as :meth:`run` does, whose score may be missing, NaN or infinite (it is NaN if missing).
+
+        Raises:
+            EvaluationError: If no pass can run.
+            SettingsError: If ``loader`` or ``limit`` can not be used.
+        """
         if limit is not None:
             check_limit("limit", limit)
         is_name = isinstance(loader, str)
@@ -223,7 +244,6 @@ class Evaluator:
         if self.monitor not in evaluation.metrics and not self._keeps_user_callbacks:
             (evaluation,) = self._pass(loader, limit, replace(request, keeps_user_callbacks=True)).values()
             self._keeps_user_callbacks = self.monitor in evaluation.metrics
-        self._check_score(evaluation)
         return evaluation
 
     def _pass(self, loader: Any, limit: int | float, request: PassRequest) -> dict[str, Evaluation]:
@@ -252,6 +272,7 @@ class Evaluator:
             batches=joined_batches([rank[1] for rank in ranks]),
             samples=total_samples([rank[2] for rank in ranks]),
             seconds=seconds,
+            count=recorder.count,
         )
 
     def _check_score(self, evaluation: Evaluation) -> None:

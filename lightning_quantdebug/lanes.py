@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_quantdebug import lightning_compat as compat
 from lightning_quantdebug.batch_scores import BatchRecorder
-from lightning_quantdebug.errors import LanesError
+from lightning_quantdebug.errors import LanesError, TooManyLanesError
 from lightning_quantdebug.module_state import StateSnapshot
 from lightning_quantdebug.operations import tensors_in
 from lightning_quantdebug.random_state import RandomState
@@ -85,7 +85,7 @@ class Lanes:
         """Run one batch through its lanes.
 
         Raises:
-            LanesError: If the lanes can not be kept apart.
+            LanesError: If the lanes can not be kept apart, or (``TooManyLanesError``) hold too much.
         """
         if self._start is None:
             self._start = self._snapshot()
@@ -139,7 +139,7 @@ class Lanes:
         if wrote:
             raise LanesError("`validation_step` writes into its batch, so that a second run would get another one")
         if sum(state.num_bytes for state in self._states.values()) > MOST_BYTES:
-            raise LanesError(
+            raise TooManyLanesError(
                 f"what validation gathers takes {self._states[lane].num_bytes / 2**20:.0f} MiB for each quantizer"
             )
 

@@ -28,6 +28,22 @@ _READS = ("item", "tolist", "numpy", "array")
 _LEAVES_TORCH = ("tolist", "numpy", "array")
 
 
+# Operations that treat their input as classes, and the axis that they take where none is given.
+_READS_CLASSES: dict[str, int | None] = {
+    "cross_entropy": 1,
+    "nll_loss": 1,
+    "nll_loss2d": 1,
+    "softmax": None,
+    "log_softmax": None,
+    "argmax": None,
+}
+# Criteria and metrics that do, by parts of their names: those of torch and of torchmetrics.
+_CLASS_JUDGES = (
+    *("CrossEntropyLoss", "NLLLoss", "Accuracy", "F1Score", "FBeta", "AUROC", "AveragePrecision", "Precision"),
+    *("Recall", "ConfusionMatrix", "CohenKappa", "JaccardIndex", "MatthewsCorrCoef", "StatScores", "CalibrationError"),
+)
+
+
 class Recorder(Interception):
     """Records one run.
 
@@ -99,6 +115,8 @@ class Recorder(Interception):
         super()._enter_module(module, args)
         if self.stack and self.stack[-1].muted and not muted_before:
             self.escaped(args)
+            if _judges_classes(module) and args and isinstance(args[0], Tensor) and id(args[0]) in self._values:
+                _note_classes(self._values[id(args[0])], 1)
 
     def out_of_reach(self, func: Callable[..., Any], frame: Frame, why: str) -> None:
         """Note that an operation can get no quantizer."""
@@ -131,6 +149,9 @@ class Recorder(Interception):
         )
         for slot, value in inputs:
             value.consumers.append((operation, slot))
+        if operation.op in _READS_CLASSES and inputs:
+            plain = operation.arguments
+            _note_classes(inputs[0][1], plain.get("dim", plain.get("1", _READS_CLASSES[operation.op])))
         return operation
 
     def _value(self, tensor: Tensor, frame: Frame) -> Value:
@@ -236,6 +257,39 @@ def _is_discrete(operation: Operation) -> bool:
     inputs = [value for _, value in operation.inputs]
     from_integers = all(value.discrete or not value.floating for value in inputs if not value.constant)
     return from_integers and operation.category is not Category.RANDOM and not any(v.from_parameter for v in inputs)
+
+
+def _judges_classes(module: nn.Module) -> bool:
+    """Whether a criterion or a metric takes classes; binary and multi-label ones take one number for each."""
+    name = type(module).__name__
+    return any(part in name for part in _CLASS_JUDGES) and not name.startswith(("Binary", "Multilabel", "BCE"))
+
+
+def _note_classes(value: Value, axis: int | None) -> None:
+    """Note the axis of a value's classes, also of what it was made from number by number."""
+    if axis is None or isinstance(axis, bool) or not value.floating or len(value.shape) < 2:
+        return
+    at: int | None = axis % len(value.shape)
+    source: Value | None = value
+    while source is not None and at is not None and source.shape[at] > 1:
+        source.class_axis = at
+        producer = source.producer
+        if producer is None or producer.category is not Category.PASS_THROUGH or not producer.data_inputs:
+            return
+        before = producer.data_inputs[0][1]
+        at = _same_axis(source.shape, at, before.shape)
+        source = before
+
+
+def _same_axis(shape: tuple[int, ...], axis: int, before: tuple[int, ...]) -> int | None:
+    """The axis of a tensor that became ``axis`` of another view of it, ``None`` where that can not be told."""
+    if shape == before:
+        return axis
+    candidates = [index for index, size in enumerate(before) if size == shape[axis]]
+    if len(candidates) == 1:
+        return candidates[0]
+    is_last = axis == len(shape) - 1 and bool(before) and before[-1] == shape[axis]
+    return len(before) - 1 if is_last else None
 
 
 def _own_tensor(frame: Frame, tensor: Tensor) -> str | None:

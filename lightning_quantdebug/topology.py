@@ -35,6 +35,7 @@ class Value:
         shape: Its shape.
         number: Its value, where it is a constant of one element.
         written: Whether the network writes into it, through itself or a view, and relies on that.
+        class_axis: Axis of its classes, where a loss, a metric or an ``argmax`` treats it as classes.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Value:
     discrete: bool = False
     number: float | None = None
     written: bool = False
+    class_axis: int | None = None
     consumers: list[tuple[Operation, Slot]] = field(default_factory=list)
     escapes: bool = False
 
