@@ -14,11 +14,15 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
+from torch import Tensor
+
 from lightning_quantdebug.analysis_store import AnalysisStore
 from lightning_quantdebug.errors import EvaluationError, LanesError, TooManyLanesError
 from lightning_quantdebug.evaluation import Evaluation, Evaluator
 from lightning_quantdebug.instrumentation import Instrumentation
+from lightning_quantdebug.layers import Call
 from lightning_quantdebug.measurement import Measurement, is_guilty, measurement, worst_first
+from lightning_quantdebug.network_outputs import network_outputs
 from lightning_quantdebug.race import contenders, rounds
 from lightning_quantdebug.rank_agreement import from_rank_zero, rank_count
 from lightning_quantdebug.settings import Settings
@@ -45,8 +49,9 @@ LEAST_LANES = 4
 DRY_BATCHES = 2
 """Of the dry run: the first pays for caches, the second tells what the others will take."""
 
-_CRUSHED_DB = 3.0
-"""SQNR of the output below which a score that does not move can not depend on it: half of its power is noise."""
+
+# The lane of the dry run that is no quantizer's.
+_NEGATED = ""
 
 
 @dataclass
@@ -158,15 +163,13 @@ class Sensitivities:
         settings = {name: self._only(name) for name in some}
         limit = min(DRY_BATCHES, batches)
         try:
-            found = side_by_side(
-                bench.session, bench.evaluator, self._fp32, {**settings, "": self._crushed}, limit=limit
-            )
+            settings[_NEGATED] = self._negated
+            found = side_by_side(bench.session, bench.evaluator, self._fp32, settings, limit=limit, in_full=(_NEGATED,))
         except LanesError as error:
             self._take_plain_way(error)
             self.table.cost = Cost(len(self._order), batches, *[bench.reference.seconds / max(1, batches)] * 2)
             return self.table.cost
-        crushed = found.found[""]
-        self._check_score(found.reference, crushed)
+        self._check_score(found.reference, found.found[_NEGATED].evaluation)
         self.table.cost = from_rank_zero(Cost(len(self._order), batches, *found.seconds))
         bench.describe(self.table.cost.text)
         return self.table.cost
@@ -297,16 +300,15 @@ class Sensitivities:
         self._runs = (self._runs[0] + 1, self._runs[1])
         self._bench.progress(*self._runs)
 
-    def _check_score(self, reference: Evaluation, crushed: Measured) -> None:
-        """Raise if ruining the network's output leaves the score where it is."""
+    def _check_score(self, reference: Evaluation, negated: Evaluation) -> None:
+        """Raise if the score stays where it is when the network's output changes its sign."""
         whole = self._bench.reference
         values = {batch.value for batch in whole.batches or ()} or {whole.score}
-        same = crushed.evaluation.score == reference.score and len(values) == 1
-        if same and crushed.noise.sqnr_db < _CRUSHED_DB:
+        if negated.score == reference.score and len(values) == 1:
             raise EvaluationError(
-                f"The score `{self._bench.settings.monitor}` is {reference.score:.6g} on every batch, also when 2 bits "
-                f"leave {crushed.noise.sqnr_db:.1f} dB of the network's output, so that no quantizer could be told "
-                "from another by it. Monitor a metric that depends on the output."
+                f"The score `{self._bench.settings.monitor}` is {reference.score:.6g} on every batch, also with the "
+                "sign of the network's output changed, so that no quantizer could be told from another by it. Monitor "
+                "a metric that depends on the output."
             )
 
     # Settings of the quantizers.
@@ -328,11 +330,17 @@ class Sensitivities:
         return partial(_switched, self._bench.session, name, Mode.BYPASS, Mode.QUANTIZE)
 
     @contextmanager
-    def _crushed(self) -> Iterator[None]:
-        """All on with 2 bits."""
+    def _negated(self) -> Iterator[None]:
+        """FP32 with the sign of every output changed."""
         session = self._bench.session
-        with session.bit_width(2), session.modes(Mode.QUANTIZE):
+        taps = {output.key: _negative for output in network_outputs(session)}
+        with self._fp32(), session.tapped(taps):
             yield
+
+
+def _negative(call: Call) -> Tensor | None:
+    """The result of an operation with its sign changed."""
+    return -call.result if isinstance(call.result, Tensor) and call.result.is_floating_point() else None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,9 @@ class _Work:
         visit: Setting | None,
         is_late: Callable[[], bool],
         ran: Callable[[], None],
+        in_full: Sequence[str],
     ) -> None:
+        self._in_full = in_full
         self.was_cut = False
         self.sums: dict[str, NoiseSums] = {name: NoiseSums() for name in settings}
         self.seconds: dict[str, list[float]] = {}
@@ -113,7 +115,8 @@ class _Work:
         if self._lane == _CONTROL:
             with self._recorded(), self._visited(batch_idx), session.memoized(memo):
                 return run()
-        with self._settings[self._lane](), session.memoized(memo):
+        replays = nullcontext() if self._lane in self._in_full else session.memoized(memo)
+        with self._settings[self._lane](), replays:
             result, noise = self._meter.compare(run)
         self.sums[self._lane].add(noise)
         return result
@@ -138,6 +141,7 @@ def side_by_side(
     visit: Setting | None = None,
     is_late: Callable[[], bool] = lambda: False,
     ran: Callable[[], None] = lambda: None,
+    in_full: Sequence[str] = (),
 ) -> SideBySide:
     """Measure several settings of the quantizers in one pass.
 
@@ -150,11 +154,12 @@ def side_by_side(
         visit: Context for the run of FP32 that ends the first batch, to look at tensors without running anything.
         is_late: Asked ahead of each batch but the first: whether to leave the rest of them out.
         ran: Called after each run of a batch.
+        in_full: Names of settings that change more than quantizers, so that nothing recorded may be taken for them.
 
     Raises:
         LanesError: If the settings can not be told apart in one pass: take :func:`one_by_one`.
     """
-    work = _Work(session, recorded, settings, visit, is_late, ran)
+    work = _Work(session, recorded, settings, visit, is_late, ran, in_full)
     evaluations = evaluator.run_lanes(work, work.around, limit=limit)
     reference, control = evaluations[_RECORDED], evaluations[_CONTROL]
     _check_alike(reference, control, "validation keeps something that can not be given back between two runs")
