@@ -19,6 +19,10 @@ class CalibrationError(QuantDebugError, RuntimeError):
     """No range can be set from what was observed."""
 
 
+class EstimateError(QuantDebugError, RuntimeError):
+    """Gradients say nothing of the network: it forbids them, or nothing was looked at."""
+
+
 class EvaluationError(QuantDebugError, RuntimeError):
     """The user's validation loop can not be run or does not give the monitored score."""
 

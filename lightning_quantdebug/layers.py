@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from lightning_quantdebug.interception import OpKey
 from lightning_quantdebug.operations import Slot
 from lightning_quantdebug.plan import BatchNormFold, Plan
@@ -80,8 +78,8 @@ class Call:
     result: Any
 
 
-Tap = Callable[[Call], Tensor | None]
-"""Called after an operation has run; a tensor that it returns takes the place of the result."""
+Tap = Callable[[Call], Any]
+"""Called after an operation has run; what it returns takes the place of the result, unless it is ``None``."""
 
 
 def find_layers(topology: Topology, plan: Plan, quantizers: dict[str, Quantizer]) -> list[Layer]:

@@ -93,6 +93,7 @@ class Quantizer:
         encoding: Scale and zero point, ``None`` before calibration.
         factory: Class of a custom quantizer, ``None`` for ours.
         version: Counts every change of the encoding, for caches.
+        probe: Called in mode observe in place of the observer; its result takes the tensor's place.
         frozen: Whether the encoding survives calibration, as that of a weight whose rounding was learned must.
     """
 
@@ -114,6 +115,7 @@ class Quantizer:
         self.version = 0
         self.frozen = False
         self.mode = Mode.BYPASS
+        self.probe: Callable[[Tensor], Tensor] | None = None
         self._spec = spec
         self._encoding: Encoding | None = None
         self._range: tuple[Tensor, Tensor] | None = None
@@ -261,8 +263,14 @@ class Quantizer:
         if self.mode is Mode.BYPASS or not x.is_floating_point():
             return x
         if self.mode is Mode.OBSERVE:
+            if self.probe is not None:
+                return self.probe(x)
             self.observe(x)
             return x
+        return self.quantized(x, overwrite)
+
+    def quantized(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """The tensor on the grid, whatever the mode; arguments and errors as of a call."""
         if self._encoding is None:
             return x
         if self._encoding.scale.device != x.device:
