@@ -9,7 +9,7 @@ would fall by without it, and halving the range that the grid has to cover is wo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,6 +50,8 @@ class ActivationSymptoms:
         outlier_channels: The channels that carry the range, ``()`` where no few do.
         outlier_gain: Without those channels, rounding noise alone.
         uneven_gain: With the range of the median channel, rounding noise alone.
+        kurtosis: Of the values of the median channel: 1.8 if uniform, 3 if normal, more with heavy tails; ``None`` where
+            there are no channels.
         channels: How many channels there are.
         dead: Channels that are 0 throughout.
         is_output: Whether the network returns it, so that no later layer can make up for anything.
@@ -69,6 +71,7 @@ class ActivationSymptoms:
     outlier_channels: tuple[int, ...] = ()
     outlier_gain: float = 0.0
     uneven_gain: float = 0.0
+    kurtosis: float | None = None
     channels: int = 1
     dead: tuple[int, ...] = ()
     is_output: bool = False
@@ -91,14 +94,29 @@ def activation_symptoms(
     Returns:
         The guiltiest first.
     """
-    damages = _damages(session, runs)
+    damages = damages_of(session, runs)
     ranked = sorted(damages, key=lambda name: -damages[name])[:most]
     guilty = [name for name in ranked if damages[name] >= max(least_share * damages[ranked[0]], 1e-30)]
-    axes = {name: channel_axis(session, name) for name in guilty}
+    return symptoms_of(session, runs, {name: damages[name] for name in guilty})
+
+
+def symptoms_of(session: Instrumentation, runs: Runs, damages: Mapping[str, float]) -> list[ActivationSymptoms]:
+    """Measure what ails some quantizers of activations, in one run of each of the first few batches.
+
+    Args:
+        session: Calibrated, and left as it was.
+        runs: The batches.
+        damages: The damage of each quantizer, by its name.
+
+    Returns:
+        In the order of ``damages``.
+    """
+    axes = {name: channel_axis(session, name) for name in damages}
     statistics = _channel_statistics(session, runs, axes)
     returned = _returned(session)
     return [
-        _symptoms(session.quantizers[name], damages[name], statistics.get(name), name in returned) for name in guilty
+        _symptoms(session.quantizers[name], moved, statistics.get(name), name in returned)
+        for name, moved in damages.items()
     ]
 
 
@@ -132,14 +150,22 @@ def damage(exact: Tensor, quantized: Tensor) -> float:
     return float((error / unit).nan_to_num(1.0, 1.0).clamp(max=1.0).mean())
 
 
-def _damages(session: Instrumentation, runs: Runs) -> dict[str, float]:
-    """The damage of each quantizer of an activation, switched on alone for the first batch."""
+def damages_of(session: Instrumentation, runs: Runs, names: Collection[str] | None = None) -> dict[str, float]:
+    """The damage of quantizers of activations, each switched on alone for the first batch.
+
+    Args:
+        session: Calibrated, and left as it was.
+        runs: The batches.
+        names: Which; ``None``: all.
+    """
     found: dict[str, float] = {}
 
     def visit(run: Callable[[], Any], index: int) -> None:
         with session.modes(Mode.BYPASS):
             exact = session.outputs(run)
             for quantizer in _calibrated(session):
+                if names is not None and quantizer.name not in names:
+                    continue
                 quantizer.mode = Mode.QUANTIZE
                 moved = session.outputs(run)
                 quantizer.mode = Mode.BYPASS
@@ -315,9 +341,16 @@ def _of_channels(statistics: ChannelStatistics) -> dict[str, Any]:
         "outlier_channels": outliers,
         "outlier_gain": gain,
         "uneven_gain": 20 * math.log10(float(alive.median())) if alive.numel() else 0.0,
+        "kurtosis": _median(statistics.kurtosis),
         "channels": len(low),
         "dead": tuple(dead),
     }
+
+
+def _median(values: Tensor) -> float | None:
+    """The median of what is a number."""
+    known = values[values.isfinite()]
+    return float(known.median()) if known.numel() else None
 
 
 def outlier_channels(low: Sequence[float], high: Sequence[float]) -> tuple[tuple[int, ...], float]:

@@ -30,7 +30,7 @@ from lightning_quantdebug.layers import Call, Layer, Runs, Tap
 from lightning_quantdebug.operations import argument, positions_of, put_argument, value_at, with_argument
 from lightning_quantdebug.quantizer import Quantizer
 from lightning_quantdebug.range_setting import quantized_anew
-from lightning_quantdebug.target import Granularity, Mode, RangeSetting
+from lightning_quantdebug.target import Granularity, RangeSetting
 
 MOST_BATCHES = 4
 """Calibration batches that are looked at: gains are ratios of sums over thousands of outputs, and settle early."""
@@ -205,7 +205,7 @@ def _finite(x: Tensor) -> Tensor:
 def _variants(layer: Layer, weight: Tensor, adjustment: Adjustment) -> dict[str, Tensor]:
     """The weight as it is quantized now, and with one thing healed each."""
     quantizer, correction = layer.quantizer, adjustment.weight_correction
-    found = {_NOW: _quantized(quantizer, weight if correction is None else weight + correction)}
+    found = {_NOW: quantizer.quantized(weight if correction is None else weight + correction)}
     axes = [axis for axis in _axes(layer, weight) if axis is not None]
     if axes and quantizer.spec.granularity is not Granularity.PER_GROUP and quantizer.factory is None:
         found[_EVEN] = _equalized(quantizer, weight, axes)
@@ -216,15 +216,6 @@ def _variants(layer: Layer, weight: Tensor, adjustment: Adjustment) -> dict[str,
     signs = torch.randint(0, 2, weight.shape, generator=generator).mul_(2).sub_(1).to(weight)
     found[_RANDOM] = weight + (found[_NOW] - weight) * signs
     return found
-
-
-def _quantized(quantizer: Quantizer, weight: Tensor) -> Tensor:
-    """The weight as the quantizer puts it on its grid, whatever its mode is now."""
-    before, quantizer.mode = quantizer.mode, Mode.QUANTIZE
-    try:
-        return quantizer(weight)
-    finally:
-        quantizer.mode = before
 
 
 def _equalized(quantizer: Quantizer, weight: Tensor, axes: Sequence[int]) -> Tensor:
