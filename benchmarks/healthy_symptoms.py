@@ -2,7 +2,7 @@
 
     python benchmarks/healthy_symptoms.py
 
-Four networks are trained on scikit-learn's handwritten digits in some seconds each, and quantized as engines and
+Six networks are trained on scikit-learn's handwritten digits in some seconds each, and quantized as engines and
 4-bit research do. Printed is the greatest value of each symptom over all their layers, and the accuracy.
 """
 
@@ -19,11 +19,13 @@ from torch.nn import functional as F
 from lightning_quantdebug import instrument
 from lightning_quantdebug.activation_symptoms import ActivationSymptoms, activation_symptoms
 from lightning_quantdebug.instrument import batch_runs
+from lightning_quantdebug.quantizer_symptoms import seen_in_validation
 from lightning_quantdebug.weight_symptoms import WeightSymptoms, weight_symptoms
 
 TARGETS = ("int8", "int8_per_tensor", "w4a8", "w4a8_per_tensor", "w4a4_per_tensor", "w8a4")
 WEIGHT_GAINS = ("even_gain", "clipping_gain", "unbiased_gain", "sign_gain")
 WEIGHT_RATIOS = ("output_ratio", "input_ratio", "peak")
+SEEN = ("unseen gain", "token gain", "imbalance", "end share")
 ACTIVATION_GAINS = ("damage", "bulk_gain", "outlier_gain", "uneven_gain", "range_gain", "unused_gain")
 
 
@@ -53,6 +55,45 @@ class _Encoder(nn.Module):
         return self.head(self.encoder(self.embed(x.squeeze(1)) + self.positions).mean(1))
 
 
+class _Residual(nn.Module):
+    """Convolutions around which their input is added."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(*_block(channels, channels))
+        self.second = nn.Sequential(*_block(channels, channels)[:2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.second(self.first(x)))
+
+
+class _Branches(nn.Module):
+    """Two branches that are concatenated."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(*_block(inputs, outputs // 2))
+        self.second = nn.Sequential(nn.Conv2d(inputs, outputs // 2, 1), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.first(x), self.second(x)], 1)
+
+
+class _Attention(nn.Module):
+    """Attention over the rows of an image written out with its softmax, and a sigmoid gate over the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.gate = nn.Linear(8, 32), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.positions, self.head = nn.Parameter(0.1 * torch.randn(8, 32)), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(x.squeeze(1)) + self.positions
+        q, k, v = self.qkv(y).chunk(3, -1)
+        y = y + F.softmax(q @ k.transpose(1, 2) / 32**0.5, -1) @ v
+        return self.head((y * torch.sigmoid(self.gate(y))).mean(1))
+
+
 def _mlp() -> nn.Module:
     """Three linear layers."""
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
@@ -69,7 +110,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "depthwise": lambda: _pooled(
         *_block(1, 32), *_separable(32, 64, 2), *_separable(64, 64), *_separable(64, 128, 2), channels=128
     ),
+    "residual": lambda: _pooled(*_block(1, 32), _Residual(32), _Branches(32, 64), _Residual(64), channels=64),
     "transformer": _Encoder,
+    "attention": _Attention,
 }
 
 
@@ -113,6 +156,23 @@ def symptoms(
             return of_weights, of_activations, accuracy(net, x, y)
 
 
+def seen_symptoms(net: nn.Module, batches: list[Tensor], held_out: list[Tensor], target: str) -> list[float]:
+    """Greatest symptom of each sort that shows in validation: unseen values, tokens, operands, ends of softmax."""
+    with instrument(net, batches[0], target) as session:
+        session.calibrate(batches)
+        names = [quantizer.name for quantizer in session.select(kind="activation") if quantizer.is_calibrated]
+        seen = seen_in_validation(session, batch_runs(session, held_out), names)
+        ends = [seen[name].end_share for name in names if session.quantizers[name].fixed_range is not None]
+        unseen = [seen[name].unseen_gain for name in names if session.quantizers[name].fixed_range is None]
+        found = seen.values()
+        return [
+            max(unseen),
+            max(s.outlier_tokens[1] for s in found),
+            max(s.imbalance for s in found),
+            max([0.0, *ends]),
+        ]
+
+
 def greatest(found: list[Any], name: str) -> str:
     """Greatest value of one symptom."""
     return f"{max(getattr(item, name) for item in found):.2f}"
@@ -123,7 +183,8 @@ def main() -> None:
     torch.set_num_threads(1)
     x, y = digits()
     held_out = torch.arange(len(y)) % 4 == 0
-    header = ["network", "target", "accuracy", "least SQNR", *WEIGHT_GAINS, *WEIGHT_RATIOS, *ACTIVATION_GAINS]
+    validation = list(x[held_out].split(32))
+    header = ["network", "target", "accuracy", "least SQNR", *WEIGHT_GAINS, *WEIGHT_RATIOS, *ACTIVATION_GAINS, *SEEN]
     print(f"| {' | '.join(header)} |\n| {' | '.join(['---'] * len(header))} |")
     for name, make in NETWORKS.items():
         net = trained(make, x[~held_out], y[~held_out])
@@ -134,6 +195,7 @@ def main() -> None:
             row = [name, target, f"{share:.3f}", f"{min(item.sqnr_db for item in weights):.1f}"]
             row += [greatest(weights, key) for key in (*WEIGHT_GAINS, *WEIGHT_RATIOS)]
             row += [greatest(activations, key) for key in ACTIVATION_GAINS]
+            row += [f"{value:.2f}" for value in seen_symptoms(net, batches, validation, target)]
             print(f"| {' | '.join(row)} |", flush=True)
 
 

@@ -50,8 +50,8 @@ class ActivationSymptoms:
         outlier_channels: The channels that carry the range, ``()`` where no few do.
         outlier_gain: Without those channels, rounding noise alone.
         uneven_gain: With the range of the median channel, rounding noise alone.
-        kurtosis: Of the values of the median channel: 1.8 if uniform, 3 if normal, more with heavy tails; ``None`` where
-            there are no channels.
+        kurtosis: Of the values of the median channel: 1.8 if uniform, 3 if normal, more with heavy tails; ``None``
+            where there are no channels.
         channels: How many channels there are.
         dead: Channels that are 0 throughout.
         is_output: Whether the network returns it, so that no later layer can make up for anything.

@@ -59,8 +59,9 @@ class QuantDebug(CallbackBase):
         remedies: Names of the remedies that may be tried, in order; default: all that the target allows, in the
             guidebook's order: ``"cle"``, ``"per_channel"``, ``"per_group"``, ``"bias_correction"``, ``"adaround"`` for
             weights, ``"range_setting"``, ``"high_bias_absorption"``, ``"activation_cle"`` for activations.
-        analysis: ``"estimate"``, ``"race"`` or ``"exhaustive"``: work of the per-quantizer analysis, which this version
-            does not run yet.
+        analysis: How much work the per-quantizer analysis may do: ``"estimate"`` (from gradients, seconds), ``"race"``
+            (exact for those that may be among the worst), ``"exhaustive"`` (exact for all, also if the model passes).
+        reverse_analysis: Measure as well what is lost with all quantizers on but one, for each of them.
         calibration: Where ranges are set: ``"train"``, ``"val"`` or a DataLoader.
         calibration_batches: Number of calibration batches, on each device.
         limit_batches: Number (int) or share (float) of validation batches for the walk; the acceptance uses all.
@@ -102,6 +103,7 @@ class QuantDebug(CallbackBase):
         exclude: Sequence[str] = (),
         remedies: Sequence[str] | None = None,
         analysis: str = "race",
+        reverse_analysis: bool = False,
         calibration: Any = "train",
         calibration_batches: int = 16,
         limit_batches: int | float = 1.0,
@@ -131,6 +133,7 @@ class QuantDebug(CallbackBase):
             export=export,
             on_error=on_error,
             restore_best=restore_best,
+            reverse_analysis=reverse_analysis,
             module=module,
             calibration_batches=calibration_batches,
             limit_batches=limit_batches,
@@ -249,6 +252,8 @@ class QuantDebug(CallbackBase):
                 progress.describe,
                 progress.advance,
                 progress.expect,
+                progress.runs,
+                directory,
             )
             try:
                 with best_weights(trainer, pl_module, self.settings.restore_best):

@@ -129,7 +129,7 @@ def activation_findings(quantizers: Sequence[ActivationSymptoms], constant: Sequ
         >>> [(finding.cause.value, finding.remedy) for finding in activation_findings([symptoms])]
         [('activation_outliers', 'range_setting')]
     """
-    found = _merged([_of_activation(symptoms) for symptoms in quantizers if symptoms.damage >= _QUIET_DAMAGE])
+    found = _merged([activation_cause(symptoms) for symptoms in quantizers if symptoms.damage >= _QUIET_DAMAGE])
     still = [Finding(Cause.CONSTANT_TENSOR, "every value that calibration saw is the same", name) for name in constant]
     return _shortened(found, still)
 
@@ -171,6 +171,11 @@ def _of_weight(layer: WeightSymptoms) -> list[Finding]:
         found.append((layer.clipping_gain, _with_outliers(layer)))
     found.sort(key=lambda item: -item[0])
     return [finding for _, finding in found] or [_rounded(layer)]
+
+
+def weight_cause(layer: WeightSymptoms) -> Finding:
+    """The cause of one layer that costs most; the bits where there is no other."""
+    return _of_weight(layer)[0]
 
 
 def _uneven(layer: WeightSymptoms) -> Finding:
@@ -236,7 +241,7 @@ def _channels(indices: Sequence[int]) -> str:
 # Activations.
 
 
-def _of_activation(symptoms: ActivationSymptoms) -> Finding:
+def activation_cause(symptoms: ActivationSymptoms) -> Finding:
     """The cause of one guilty quantizer: rare values, then channels, then the ends of the range, then the bits."""
     rules = (
         (_has_outliers, _outliers),
@@ -250,7 +255,7 @@ def _of_activation(symptoms: ActivationSymptoms) -> Finding:
     return rule(symptoms)
 
 
-def _harm(symptoms: ActivationSymptoms) -> str:
+def harm(symptoms: ActivationSymptoms) -> str:
     """What the quantizer does to the output."""
     return f"alone it moves the output by {symptoms.damage:.1%} of what two samples differ by"
 
@@ -266,7 +271,7 @@ def _outliers(symptoms: ActivationSymptoms) -> Finding:
     evidence = (
         f"{BULK:.1%} of the values lie in [{low:.4g}, {high:.4g}], the range is [{symptoms.observed[0]:.4g}, "
         f"{symptoms.observed[1]:.4g}]: the few others cost {symptoms.bulk_gain:.1f} dB of rounding noise; "
-        f"{_harm(symptoms)}"
+        f"{harm(symptoms)}"
     )
     return Finding(Cause.ACTIVATION_OUTLIERS, evidence, symptoms.quantizer, "range_setting")
 
@@ -282,7 +287,7 @@ def _outlier_channel(symptoms: ActivationSymptoms) -> Finding:
     evidence = (
         f"{few} carr{'y' if len(symptoms.outlier_channels) > 1 else 'ies'} the range [{symptoms.observed[0]:.4g}, "
         f"{symptoms.observed[1]:.4g}], which costs the others {symptoms.outlier_gain:.1f} dB of rounding noise; "
-        f"{_harm(symptoms)}"
+        f"{harm(symptoms)}"
     )
     if symptoms.is_output:
         advice = "Narrow the range of the output to what decides (cross-entropy), or leave it in FP32."
@@ -300,7 +305,7 @@ def _uneven_activation(symptoms: ActivationSymptoms) -> Finding:
     evidence = (
         f"the range of the median channel is {10 ** (symptoms.uneven_gain / 20):.3g} times narrower than the whole "
         f"[{symptoms.observed[0]:.4g}, {symptoms.observed[1]:.4g}], which costs it {symptoms.uneven_gain:.1f} dB of "
-        f"rounding noise; {_harm(symptoms)}"
+        f"rounding noise; {harm(symptoms)}"
     )
     return Finding(Cause.UNEVEN_CHANNEL_RANGES, evidence, symptoms.quantizer, "activation_cle")
 
@@ -315,7 +320,7 @@ def _poor_range(symptoms: ActivationSymptoms) -> Finding:
     clipped = symptoms.clipping_share > 0.5
     evidence = (
         f"{symptoms.clipping_share:.0%} of the noise is clipping, the rest rounding; the range of least squared error "
-        f"would have {symptoms.range_gain:.1f} dB less; {_harm(symptoms)}"
+        f"would have {symptoms.range_gain:.1f} dB less; {harm(symptoms)}"
     )
     cause = Cause.CLIPPING_DOMINATES if clipped else Cause.ROUNDING_DOMINATES
     return Finding(cause, evidence, symptoms.quantizer, "range_setting")
@@ -334,7 +339,7 @@ def _skewed(symptoms: ActivationSymptoms) -> Finding:
     else:
         detail = f"{symptoms.short_share:.0%} of the values share {symptoms.short_levels} levels on one side of 0"
     evidence = f"{detail}, as the values reach from {symptoms.observed[0]:.4g} to {symptoms.observed[1]:.4g}"
-    return Finding(Cause.SKEWED_TAIL, f"{evidence}; {_harm(symptoms)}", symptoms.quantizer, "range_setting")
+    return Finding(Cause.SKEWED_TAIL, f"{evidence}; {harm(symptoms)}", symptoms.quantizer, "range_setting")
 
 
 def _is_mostly_dead(symptoms: ActivationSymptoms) -> bool:
@@ -344,7 +349,7 @@ def _is_mostly_dead(symptoms: ActivationSymptoms) -> bool:
 
 def _dead_activations(symptoms: ActivationSymptoms) -> Finding:
     """Most channels are 0 throughout."""
-    evidence = f"{_channels(symptoms.dead)} of {symptoms.channels} are 0 throughout; {_harm(symptoms)}"
+    evidence = f"{_channels(symptoms.dead)} of {symptoms.channels} are 0 throughout; {harm(symptoms)}"
     return Finding(Cause.DEAD_CHANNELS, evidence, symptoms.quantizer)
 
 
@@ -352,6 +357,6 @@ def _few_bits(symptoms: ActivationSymptoms) -> Finding:
     """Nothing is wrong with the tensor but its bits."""
     evidence = (
         f"{symptoms.bit_width} bits: neither rare values nor single channels nor the ends of the range are to blame; "
-        f"{_harm(symptoms)}"
+        f"{harm(symptoms)}"
     )
     return Finding(Cause.TOO_FEW_BITS, evidence, symptoms.quantizer, "bit_width")

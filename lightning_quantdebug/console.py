@@ -28,6 +28,8 @@ WIDTH = 100
 MAX_FINDINGS = 5
 # Often enough to see that the walk lives, seldom enough not to fill a log file.
 SECONDS_BETWEEN_LINES = 10.0
+# As often as tqdm itself draws a bar, by default.
+SECONDS_BETWEEN_FRAMES = 0.1
 
 
 def summary(report: Report) -> str:
@@ -169,8 +171,8 @@ class Progress:
         self._speaks = verbose and rank_zero
         self._position = position
         self._bar: tqdm[None] | None = None
-        self._step = ""
-        self._started = self._said = time.monotonic()
+        self._step = self._detail = ""
+        self._started = self._said = self._runs_started = time.monotonic()
 
     def __enter__(self) -> Progress:
         """Open the bar, where there is a terminal."""
@@ -195,7 +197,7 @@ class Progress:
 
     def describe(self, step: str) -> None:
         """Say which step runs now."""
-        self._step = step
+        self._step, self._detail = step, ""
         if self._bar is not None:
             self._bar.set_description(f"quantdebug {step}")
         elif self._speaks:
@@ -218,6 +220,19 @@ class Progress:
         elif self._speaks and time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
             self._say()
 
+    def runs(self, done: int, total: int) -> None:
+        """Show how many of the runs of one group are done, and about how long the others will take."""
+        now = time.monotonic()
+        if done <= 1 or now < self._runs_started:
+            self._runs_started = now
+        left = (now - self._runs_started) / max(1, done - 1) * max(0, total - done)
+        self._detail = f", {done} of {total} runs, about {left:.0f} s left" if 1 < done < total else ""
+        if self._bar is not None and now - self._said >= SECONDS_BETWEEN_FRAMES:
+            self._said = now
+            self._bar.set_description(f"quantdebug {self._step}{self._detail}")
+        elif self._bar is None and self._speaks and now - self._said >= SECONDS_BETWEEN_LINES:
+            self._say()
+
     def close(self) -> None:
         """Remove the bar; calling it again does nothing."""
         if self._bar is not None:
@@ -230,7 +245,7 @@ class Progress:
         of_total = "" if self.total is None else f" of {self.total}"
         seconds = self._said - self._started
         print(
-            f"quantdebug {self._step}: {self.done}{of_total} evaluations, {seconds:.0f} s",
+            f"quantdebug {self._step}: {self.done}{of_total} evaluations, {seconds:.0f} s{self._detail}",
             file=self._stream,
             flush=True,
         )

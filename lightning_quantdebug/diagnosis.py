@@ -9,16 +9,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_quantdebug.advice import after_repair, on_failure
+from lightning_quantdebug.analysis_store import AnalysisStore, analysis_key
 from lightning_quantdebug.calibration import CalibrationRuns, calibration_loader, capture, recalibrate, set_ranges
 from lightning_quantdebug.causes import activation_causes, weight_causes
 from lightning_quantdebug.draw_scores import draws_report
 from lightning_quantdebug.environment import environment
-from lightning_quantdebug.errors import NonFiniteScoreError, NoTrainingDataError
+from lightning_quantdebug.errors import EvaluationError, NonFiniteScoreError, NoTrainingDataError
 from lightning_quantdebug.evaluation import Evaluation, Evaluator
 from lightning_quantdebug.final_settings import setting_of
 from lightning_quantdebug.flowchart import final_verdict, judge, next_step, objective, tries_of
@@ -35,6 +37,7 @@ from lightning_quantdebug.plausibility import (
     not_simulated,
     too_few_samples,
 )
+from lightning_quantdebug.quantizer_analysis import analyse
 from lightning_quantdebug.rank_agreement import gather, led_by_rank_zero
 from lightning_quantdebug.repair import Repair, Workbench
 from lightning_quantdebug.report import (
@@ -48,6 +51,7 @@ from lightning_quantdebug.report import (
     StepVerdict,
 )
 from lightning_quantdebug.selection import Split
+from lightning_quantdebug.sensitivity import Bench
 from lightning_quantdebug.settings import Settings
 from lightning_quantdebug.target import Kind, Mode
 
@@ -75,6 +79,8 @@ class Diagnosis:
         describe: Called with the name of each step as it begins.
         advance: Called after each evaluation.
         expect: Called with the number of evaluations that turn out to be needed as well.
+        progress: Called with the number of runs of a batch that are done and of those that there will be.
+        directory: Where a killed analysis leaves what it has measured; ``None``: nowhere.
 
     Attributes:
         report: What is known so far; of use also after an exception.
@@ -90,6 +96,8 @@ class Diagnosis:
         describe: Callable[[str], None] = lambda step: None,
         advance: Callable[[], None] = lambda: None,
         expect: Callable[[int], None] = lambda evaluations: None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        directory: Path | None = None,
     ) -> None:
         """Nothing runs yet."""
         self.evaluator = evaluator
@@ -99,6 +107,8 @@ class Diagnosis:
         self.describe = describe
         self.advance = advance
         self.expect = expect
+        self.progress = progress
+        self.directory = directory
         self.root: torch.nn.Module = evaluator.pl_module
         self.report = Report(settings=settings.to_dict(), environment=environment(self.root, evaluator.seed))
         self.session: Instrumentation | None = None
@@ -113,6 +123,7 @@ class Diagnosis:
             StepName.WEIGHTS: self._weights,
             StepName.FIX_WEIGHTS: lambda: self._fix(StepName.FIX_WEIGHTS),
             StepName.FIX_ACTIVATIONS: lambda: self._fix(StepName.FIX_ACTIVATIONS),
+            StepName.PER_QUANTIZER: self._per_quantizer,
             StepName.QUANTIZE_MODEL: self._quantize_model,
         }
 
@@ -321,6 +332,29 @@ class Diagnosis:
                 step = Step(StepName.QUANTIZE_MODEL, StepVerdict.FAILED)
             standing[key] = _standing_of(step)
         return standing
+
+    def _per_quantizer(self) -> Step:
+        """Each quantizer alone: which of them are to blame, and why."""
+        session, reference = self._needs_session()
+        path = None if self.directory is None else self.directory / "analysis.json"
+        store = AnalysisStore(path, analysis_key(session, self.settings, reference))
+        bench = Bench(
+            session,
+            self.evaluator,
+            self.settings,
+            reference,
+            store,
+            is_late=lambda: self._is_late(self._started),
+            describe=self.describe,
+            progress=self.progress,
+        )
+        try:
+            found = analyse(bench, self.settings.tolerance.permitted_loss(reference.score))
+        except EvaluationError as error:
+            return Step(StepName.PER_QUANTIZER, StepVerdict.NOT_RUN, advice=str(error))
+        known = [finding for finding in found.findings if finding not in self.report.findings]
+        self.report = replace(self.report.with_findings(*known), sensitivity=found.rows)
+        return Step(StepName.PER_QUANTIZER, found.verdict, advice=found.advice, details=found.details)
 
     def _quantize_model(self) -> Step:
         """The whole model at its final settings, on the full validation set."""

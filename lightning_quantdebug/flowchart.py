@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_quantdebug.report import Report, StepName, StepVerdict, Verdict
+from lightning_quantdebug.settings import Analysis
 from lightning_quantdebug.target import Kind, RangeSetting
 
 _GOOD = (StepVerdict.PASSED, StepVerdict.NOISE)
@@ -188,6 +189,8 @@ def _reason_to_skip(report: Report, step: StepName) -> str | None:
             return "The quantized activations alone stay within the tolerance."
         if _passes(both):
             return "Weights and activations together stay within the tolerance."
+    if step is StepName.PER_QUANTIZER and report.settings.get("analysis") == Analysis.EXHAUSTIVE.value:
+        return None
     if step in (StepName.PER_QUANTIZER, StepName.VISUALIZE, StepName.FIX_QUANTIZERS) and _passes(both):
         return "Weights and activations together stay within the tolerance: no quantizer is to blame."
     if step is StepName.QAT and _is_good(report, StepName.QUANTIZE_MODEL):

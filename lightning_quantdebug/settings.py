@@ -168,6 +168,7 @@ class Settings:
     exclude: tuple[str, ...] = ()
     remedies: tuple[str, ...] | None = None
     analysis: Analysis = Analysis.RACE
+    reverse_analysis: bool = False
     calibration: CalibrationSource | None = CalibrationSource.TRAIN
     calibration_batches: int = 16
     limit_batches: int | float = 1.0
@@ -187,6 +188,8 @@ class Settings:
             _check_count(name, getattr(self, name), least=1, optional=name == "watch_every_n_epochs")
         _check_count("qat_epochs", self.qat_epochs, least=0)
         _check_limit(self.limit_batches)
+        if not isinstance(self.reverse_analysis, bool):
+            raise SettingsError(f"`reverse_analysis` must be True or False, got {self.reverse_analysis!r}.")
         if not self.qat_lr_factor > 0:
             raise SettingsError(f"`qat_lr_factor` must be positive, got {self.qat_lr_factor!r}.")
         _check_names("export", self.export, EXPORTS)

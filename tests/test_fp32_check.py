@@ -390,7 +390,7 @@ def test_a_fault_of_an_own_quantizer_on_one_rank_ends_the_check_on_all(monkeypat
 
 @pytest.mark.parametrize("later", [False, True])
 def test_a_network_that_differs_with_every_quantizer_bypassed(monkeypatch: pytest.MonkeyPatch, later: bool) -> None:
-    original = Runner._run
+    original = Runner.run_planned
 
     def unfaithful(self: Any, planned: Any, *arguments: Any) -> Any:
         result = original(self, planned, *arguments)
@@ -400,7 +400,7 @@ def test_a_network_that_differs_with_every_quantizer_bypassed(monkeypatch: pytes
 
     data = images(2)
     data[1] = data[1] + 50
-    monkeypatch.setattr(Runner, "_run", unfaithful)
+    monkeypatch.setattr(Runner, "run_planned", unfaithful)
     report = walk(Judged(convnet(), data))
     finding = broken(report)
     assert finding.cause is Cause.BROKEN_PIPELINE
