@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from lightning_quantdebug.report import Report, StepName, StepVerdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_quantdebug.report import Remedy, Report, StepName, StepVerdict
 
 _TRIES = {
     "weights": "more weight bits, or a finer granularity if the engine has it",
@@ -30,6 +33,36 @@ def after_repair(report: Report, step: StepName, verdict: StepVerdict) -> str:
     if not tried:
         return f"No remedy of the {_NOUN[step]} may be tried: `remedies` names none of this box."
     return f"None of {len(tried)} remedies helped beyond noise, so all of them were undone."
+
+
+def after_single_repairs(remedies: Sequence[Remedy], verdict: StepVerdict, details: Mapping[str, Any]) -> str:
+    """What the repair of single quantizers came to.
+
+    Args:
+        remedies: Every try.
+        verdict: How it ended.
+        details: The step's details, with the setting and its cost.
+    """
+    changed = details["changed"]
+    named = ", ".join(f"{name} ({text})" for name, text in list(changed.items())[:5])
+    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    cost, plain = details["cost"], details["cost_of_target"]
+    price = (
+        f"{cost['raised']} of all quantizers have more bits, which costs "
+        f"{_share(cost['size_bytes'], plain['size_bytes'])} of size and "
+        f"{_share(cost['bit_operations'], plain['bit_operations'])} of bit-operations"
+    )
+    if verdict is StepVerdict.PASSED and any(item.kept for item in remedies):
+        return f"Repaired: {named}{more}. {price}."
+    if verdict is StepVerdict.FAILED and remedies:
+        blocking = ", ".join(details.get("blocking", ()))
+        return f"{len(remedies)} repairs of single quantizers did not suffice; the worst remain {blocking}. {price}."
+    return "There was nothing to try: no quantizer may have another range or more bits." if not remedies else price
+
+
+def _share(value: float, base: float) -> str:
+    """The increase over a base, in percent."""
+    return f"{100 * (value / base - 1):+.1f} %" if base else "0 %"
 
 
 def on_failure(report: Report) -> str:

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 
 from lightning_quantdebug.advice import after_repair, on_failure
-from lightning_quantdebug.analysis_store import AnalysisStore, analysis_key
 from lightning_quantdebug.calibration import CalibrationRuns, calibration_loader, capture, recalibrate, set_ranges
 from lightning_quantdebug.causes import activation_causes, weight_causes
 from lightning_quantdebug.draw_scores import draws_report
 from lightning_quantdebug.environment import environment
-from lightning_quantdebug.errors import EvaluationError, NonFiniteScoreError, NoTrainingDataError
+from lightning_quantdebug.errors import NonFiniteScoreError, NoTrainingDataError
 from lightning_quantdebug.evaluation import Evaluation, Evaluator
 from lightning_quantdebug.final_settings import setting_of
 from lightning_quantdebug.flowchart import final_verdict, judge, next_step, objective, tries_of
@@ -37,7 +36,7 @@ from lightning_quantdebug.plausibility import (
     not_simulated,
     too_few_samples,
 )
-from lightning_quantdebug.quantizer_analysis import analyse
+from lightning_quantdebug.quantizer_steps import QuantizerWork, fix_quantizers, per_quantizer
 from lightning_quantdebug.rank_agreement import gather, led_by_rank_zero
 from lightning_quantdebug.repair import Repair, Workbench
 from lightning_quantdebug.report import (
@@ -51,7 +50,6 @@ from lightning_quantdebug.report import (
     StepVerdict,
 )
 from lightning_quantdebug.selection import Split
-from lightning_quantdebug.sensitivity import Bench
 from lightning_quantdebug.settings import Settings
 from lightning_quantdebug.target import Kind, Mode
 
@@ -124,6 +122,7 @@ class Diagnosis:
             StepName.FIX_WEIGHTS: lambda: self._fix(StepName.FIX_WEIGHTS),
             StepName.FIX_ACTIVATIONS: lambda: self._fix(StepName.FIX_ACTIVATIONS),
             StepName.PER_QUANTIZER: self._per_quantizer,
+            StepName.FIX_QUANTIZERS: self._fix_quantizers,
             StepName.QUANTIZE_MODEL: self._quantize_model,
         }
 
@@ -313,7 +312,9 @@ class Diagnosis:
 
     def _evaluation_of(self, kind: Kind | None) -> Evaluation:
         """The score with the quantizers of one kind on, as the session is now."""
-        session, _ = self._needs_session()
+        session, reference = self._needs_session()
+        if not session.select(kind=kind):
+            return reference
         if kind not in self._measured:
             with session.modes(Mode.QUANTIZE, kind=kind):
                 self._measured[kind] = self._measure(session)
@@ -335,26 +336,31 @@ class Diagnosis:
 
     def _per_quantizer(self) -> Step:
         """Each quantizer alone: which of them are to blame, and why."""
+        step, self.report = per_quantizer(self._quantizer_work(), self.report, self.progress)
+        return step
+
+    def _fix_quantizers(self) -> Step:
+        """Repair single quantizers; at its end, know again how weights and activations stand together."""
+        step, self.report, evaluation = fix_quantizers(self._quantizer_work(), self.report)
+        if evaluation is None:
+            return step
+        self._measured = {None: evaluation}
+        return replace(step, details={**step.details, **self._standing()})
+
+    def _quantizer_work(self) -> QuantizerWork:
+        """What both work on."""
         session, reference = self._needs_session()
-        path = None if self.directory is None else self.directory / "analysis.json"
-        store = AnalysisStore(path, analysis_key(session, self.settings, reference))
-        bench = Bench(
-            session,
-            self.evaluator,
-            self.settings,
-            reference,
-            store,
+        return QuantizerWork(
+            session=session,
+            evaluator=self.evaluator,
+            settings=self.settings,
+            reference=reference,
+            calibration=self.loader,
+            directory=self.directory,
             is_late=lambda: self._is_late(self._started),
             describe=self.describe,
-            progress=self.progress,
+            advance=self.advance,
         )
-        try:
-            found = analyse(bench, self.settings.tolerance.permitted_loss(reference.score))
-        except EvaluationError as error:
-            return Step(StepName.PER_QUANTIZER, StepVerdict.NOT_RUN, advice=str(error))
-        known = [finding for finding in found.findings if finding not in self.report.findings]
-        self.report = replace(self.report.with_findings(*known), sensitivity=found.rows)
-        return Step(StepName.PER_QUANTIZER, found.verdict, advice=found.advice, details=found.details)
 
     def _quantize_model(self) -> Step:
         """The whole model at its final settings, on the full validation set."""

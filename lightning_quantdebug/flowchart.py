@@ -22,6 +22,7 @@ _GOOD = (StepVerdict.PASSED, StepVerdict.NOISE)
 REMEDIES_OF: Mapping[StepName, tuple[str, ...]] = {
     StepName.FIX_WEIGHTS: ("cle", "per_channel", "per_group", "bias_correction", "adaround"),
     StepName.FIX_ACTIVATIONS: ("range_setting", "high_bias_absorption", "activation_cle"),
+    StepName.FIX_QUANTIZERS: ("custom_range", "granularity", "bit_width"),
 }
 # Methods that the remedy `range_setting` tries one after the other.
 RANGE_SETTINGS = (

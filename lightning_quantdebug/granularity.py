@@ -8,6 +8,7 @@ placement rules do not allow is left alone.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from lightning_quantdebug.adjustment import Applied
@@ -23,13 +24,16 @@ GROUP_SIZE = 32
 """Inputs that share a scale. Kernels for 4-bit weights take 16, 32, 64 or 128; 32 costs half a bit per weight."""
 
 
-def refine(session: Instrumentation, runs: Runs, granularity: Granularity) -> Applied:
+def refine(
+    session: Instrumentation, runs: Runs, granularity: Granularity, names: Collection[str] | None = None
+) -> Applied:
     """Quantize weights per channel or per group.
 
     Args:
         session: A calibrated instrumentation; its specs and weight ranges change, nothing else.
         runs: Goes over the calibration batches, so that the ranges can be set.
         granularity: ``PER_CHANNEL``, or ``PER_GROUP`` for linear layers whose inputs :data:`GROUP_SIZE` divides.
+        names: Which quantizers; ``None``: those of all weights.
 
     Returns:
         The quantizers that were refined, and for the others the reason.
@@ -41,7 +45,7 @@ def refine(session: Instrumentation, runs: Runs, granularity: Granularity) -> Ap
     changed, skipped = [], []
     for layer in session.layers:
         name = layer.quantizer.name
-        if name in changed:
+        if name in changed or (names is not None and name not in names):
             continue
         spec = _refined(session, layer, granularity)
         if isinstance(spec, str):

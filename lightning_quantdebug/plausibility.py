@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 
 from lightning_quantdebug.evaluation import Evaluation
-from lightning_quantdebug.flowchart import REMEDIES_OF
 from lightning_quantdebug.instrument import Instrumentation
 from lightning_quantdebug.report import Cause, Finding, Report, Step
 from lightning_quantdebug.settings import Direction, Settings
@@ -49,13 +48,9 @@ def chance_warning(session: Instrumentation, settings: Settings, reference: Eval
 
 def not_run(settings: Settings) -> list[str]:
     """What the settings ask for and this version does not do."""
-    later = [name for name in settings.remedies or () if not any(name in box for box in REMEDIES_OF.values())]
-    asked = {"export": settings.export, "remedies": later}
-    return [
-        f"`{name}={list(values)}` is not run: this version does not have it yet."
-        for name, values in asked.items()
-        if values
-    ]
+    if not settings.export:
+        return []
+    return [f"`export={list(settings.export)}` is not run: this version does not have it yet."]
 
 
 def missing_extras(settings: Settings) -> str | None:

@@ -17,6 +17,7 @@ from lightning_quantdebug.errors import SettingsError
 E = TypeVar("E", bound=Enum)
 
 ALLOWED_BIT_WIDTHS = (*range(2, 17), 32)
+_USUAL_WIDTHS = (8, 16)
 
 
 class Kind(str, Enum):
@@ -171,10 +172,13 @@ class QuantTarget:
             have it. Presets that are called or known as per-tensor-only say ``per_tensor``; a target that merely has
             per-tensor weights, such as ``{"preset": "int8", "weights": {"granularity": "per_tensor"}}``, may be taken
             per channel.
+        weight_bit_widths: Bit-widths that the engine has for weights, which single ones may be raised to. ``None``: 8
+            and 16, which most engines have.
+        activation_bit_widths: Likewise for activations.
 
     Raises:
-        SettingsError: If the weights are finer than ``finest_granularity``, or a granularity or range setting can not
-            be had for weights or activations.
+        SettingsError: If the weights are finer than ``finest_granularity``, a granularity or range setting can not be
+            had for weights or activations, or a bit-width is none.
     """
 
     name: str = "int8"
@@ -183,6 +187,8 @@ class QuantTarget:
     placement: Placement = Placement.GENERIC
     quantizer: str | None = None
     finest_granularity: Granularity | None = None
+    weight_bit_widths: tuple[int, ...] | None = None
+    activation_bit_widths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check the fields and turn strings into enums."""
@@ -190,6 +196,8 @@ class QuantTarget:
         if self.finest_granularity is not None:
             finest = parse_choice(Granularity, self.finest_granularity, "finest_granularity")
             object.__setattr__(self, "finest_granularity", finest)
+        for name in ("weight_bit_widths", "activation_bit_widths"):
+            object.__setattr__(self, name, _checked_widths(name, getattr(self, name)))
         if self.activations.granularity is not Granularity.PER_TENSOR:
             raise SettingsError(
                 f"Activations are quantized per tensor, got granularity {self.activations.granularity.value!r}: no "
@@ -229,6 +237,17 @@ class QuantTarget:
         """
         asked = parse_choice(Granularity, granularity, "granularity")
         return _fineness(asked) <= _fineness(self.effective_finest_granularity)
+
+    def wider(self, kind: Kind, bit_width: int) -> tuple[int, ...]:
+        """The bit-widths that a quantizer may be raised to, the narrowest first.
+
+        Examples:
+            >>> target = QuantTarget.from_value("w4a8")
+            >>> target.wider(Kind.WEIGHT, 4), target.wider(Kind.ACTIVATION, 8), target.wider(Kind.WEIGHT, 16)
+            ((8, 16), (16,), ())
+        """
+        given = self.weight_bit_widths if kind is Kind.WEIGHT else self.activation_bit_widths
+        return tuple(sorted(width for width in (_USUAL_WIDTHS if given is None else given) if width > bit_width))
 
     def spec(self, kind: Kind) -> QuantSpec:
         """The grid of weights or of activations."""
@@ -284,6 +303,16 @@ class QuantTarget:
         return replace(base, **changes)
 
 
+def _checked_widths(name: str, widths: object) -> tuple[int, ...] | None:
+    """Bit-widths as a tuple, or ``None``."""
+    if widths is None:
+        return None
+    given = tuple(widths) if isinstance(widths, (list, tuple)) else (widths,)
+    if not all(isinstance(width, int) and width in ALLOWED_BIT_WIDTHS and width < 32 for width in given):
+        raise SettingsError(f"`{name}` must be a list of integers from 2 to 16, got {widths!r}.")
+    return given
+
+
 def _fineness(granularity: Granularity) -> int:
     """Place in the order from coarse to fine."""
     return list(Granularity).index(granularity)
@@ -307,8 +336,9 @@ def _refuse_unknown(given: Mapping[str, Any], known: set[str], name: str) -> Non
 
 
 # Sources of the presets.
-# TensorRT: developer guide, "Working with quantized types" (symmetric int8, weights per channel).
-# TFLite/XNNPACK: "LiteRT 8-bit quantization specification" (weights [-127, 127], activations asymmetric int8).
+# TensorRT: developer guide, "Working with quantized types" (symmetric int8, weights per channel; no 16-bit integers).
+# TFLite/XNNPACK: "LiteRT 8-bit quantization specification" (weights [-127, 127], activations asymmetric int8); its
+# 16x8 mode has activations of 16 bits and weights of 8.
 # QNN/HTP: AIMET's HTP configuration (weights symmetric, activations asymmetric uint8).
 PRESETS: Mapping[str, QuantTarget] = {
     "int8": QuantTarget("int8"),
@@ -322,12 +352,15 @@ PRESETS: Mapping[str, QuantTarget] = {
         activations=QuantSpec(8, symmetric=True),
         placement=Placement.TENSORRT,
         finest_granularity=Granularity.PER_CHANNEL,
+        weight_bit_widths=(8,),
+        activation_bit_widths=(8,),
     ),
     "xnnpack": QuantTarget(
         "xnnpack",
         weights=replace(_INT8_WEIGHT, narrow_range=True),
         placement=Placement.XNNPACK,
         finest_granularity=Granularity.PER_CHANNEL,
+        weight_bit_widths=(8,),
     ),
     "qnn": QuantTarget(
         "qnn", weights=_PER_TENSOR_WEIGHT, placement=Placement.QNN, finest_granularity=Granularity.PER_TENSOR

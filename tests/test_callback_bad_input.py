@@ -207,7 +207,7 @@ def test_no_early_warning_for_a_monitor_that_is_logged(tmp_path: Path, recwarn: 
     assert not [warning for warning in recwarn if "QuantDebug" in str(warning.message)]
 
 
-@pytest.mark.parametrize(("name", "values"), [("export", ["pt2"]), ("remedies", ["bit_width"])])
+@pytest.mark.parametrize(("name", "values"), [("export", ["pt2"])])
 def test_what_this_version_does_not_run_is_said_and_reported(tmp_path: Path, name: str, values: list[str]) -> None:
     callback = debugger(**{name: values})
     started: list[int] = []

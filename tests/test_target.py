@@ -134,7 +134,7 @@ def test_a_target_of_another_type_is_refused(value: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"bits": 8}, r"`target` has no field \['bits'\]; the fields are \['activations', 'finest_gran"),
+        ({"bits": 8}, r"`target` has no field \['bits'\]; the fields are \['activation_bit_widths', 'activ"),
         ({"weights": {"bits": 8}}, r"`target.weights` has no field \['bits'\]; the fields are \['bit_width'"),
         ({"weights": 8}, r"`target.weights` must be a mapping of QuantSpec fields, got 8"),
         ({"placement": "tpu"}, r"`placement` must be one of \['generic', .*got 'tpu'"),

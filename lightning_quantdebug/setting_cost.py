@@ -1,0 +1,166 @@
+"""What a mixed-precision setting costs: bytes of weights, bit-operations, and how many quantizers were raised.
+
+Bit-operations of a layer are its multiplications times the bit-width of the weight times that of its input (van Baalen
+et al. 2020, Bayesian Bits, section 4.1); of a product of two activations, times the bit-widths of both. What has no
+quantizer counts with 32 bits. Everything is for one sample of the recorded shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lightning_quantdebug.instrumentation import Instrumentation
+from lightning_quantdebug.interception import OpKey
+from lightning_quantdebug.operations import Category, Slot
+from lightning_quantdebug.target import Kind
+from lightning_quantdebug.topology import Operation, Value
+
+_FLOAT_BITS = 32
+_SCALE_BYTES = 4
+# Operations that hand their input's numbers on, so that its quantizer is that of the result.
+_HANDS_ON = (Category.PASS_THROUGH, Category.JOIN)
+
+
+@dataclass(frozen=True)
+class SettingCost:
+    """The cost of one setting of all quantizers.
+
+    Attributes:
+        size_bytes: Of the weights with a quantizer, and of their scales.
+        bit_operations: Of one sample.
+        raised: Quantizers with more bits than the target has.
+    """
+
+    size_bytes: float
+    bit_operations: float
+    raised: int
+
+
+@dataclass(frozen=True)
+class _Product:
+    """The multiplications of one operation and whose bits they take: names of quantizers, ``None`` without one."""
+
+    multiplications: float
+    factors: tuple[str | None, ...]
+
+
+class CostModel:
+    """Knows the multiplications of a network.
+
+    Args:
+        session: With quantizers placed.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_quantdebug.instrument import instrument
+        >>> with instrument(nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(2, 8), "w4a8") as q:
+        ...     q.calibrate([torch.randn(2, 8)])
+        ...     CostModel(q).cost()
+        SettingCost(size_bytes=32.0, bit_operations=1024.0, raised=0)
+    """
+
+    def __init__(self, session: Instrumentation) -> None:
+        """Count the multiplications."""
+        self._session = session
+        self._sizes = {layer.quantizer.name: math.prod(layer.shape) for layer in session.layers}
+        self._products = _products(session)
+
+    def cost(self, widths: Mapping[str, int] | None = None) -> SettingCost:
+        """The cost of the session as it is, or with other bit-widths.
+
+        Args:
+            widths: Bit-widths of some quantizers by name, in place of those that they have.
+        """
+        known = {name: quantizer.bit_width for name, quantizer in self._session.quantizers.items()} | dict(widths or {})
+        size = 0.0
+        for name, numel in self._sizes.items():
+            encoding = self._session.quantizers[name].encoding
+            scales = 1 if encoding is None else encoding.scale.numel()
+            size += numel * known[name] / 8 + scales * _SCALE_BYTES
+        operations = 0.0
+        for product in self._products:
+            bits = [_FLOAT_BITS if name is None else known[name] for name in product.factors]
+            operations += product.multiplications * math.prod(bits)
+        return SettingCost(size, operations, len(self.raised(known)))
+
+    def raised(self, widths: Mapping[str, int]) -> list[str]:
+        """The quantizers with more bits than the target has."""
+        target, quantizers = self._session.target, self._session.quantizers
+        return [name for name, width in widths.items() if width > target.spec(quantizers[name].kind).bit_width]
+
+
+def _products(session: Instrumentation) -> list[_Product]:
+    """The multiplications of every operation of the first recorded run."""
+    shared = session.topology.shared_keys()
+    places = _Places(session, shared)
+    outputs = session.topology.output_operations()
+    samples = max((value.shape[0] for op in outputs for value in op.outputs if value.shape), default=1) or 1
+    found = []
+    for operation in session.topology.runs[0] if session.topology.runs else []:
+        factors = _factors(operation, places)
+        count = _multiplications(operation)
+        if count and factors:
+            found.append(_Product(count / samples, factors))
+    return found
+
+
+class _Places:
+    """Which quantizer a value or a weight has."""
+
+    def __init__(self, session: Instrumentation, shared: Mapping[OpKey, OpKey]) -> None:
+        self._shared = shared
+        self._results: dict[OpKey, str] = {}
+        self._arguments: dict[tuple[OpKey, Slot], str] = {}
+        for site in session.plan.sites:
+            for spot in site.places:
+                if spot.slot is not None:
+                    self._arguments[spot.key, spot.slot] = site.name
+                elif site.kind is Kind.ACTIVATION:
+                    self._results[spot.key] = site.name
+        self._folds = session.plan.folded_into
+
+    def of(self, operation: Operation, slot: Slot, value: Value) -> str | None:
+        """Name of the quantizer that an operation's input has passed."""
+        own = self._arguments.get((self._shared[operation.key], slot))
+        if own is not None or value.producer is None:
+            return own
+        source: Operation | None = value.producer
+        while source is not None:
+            name = self._results.get(self._shared[source.key])
+            if name is not None or source.category not in _HANDS_ON or not source.data_inputs:
+                return name
+            slot, before = source.data_inputs[0]
+            own = self._arguments.get((self._shared[source.key], slot))
+            if own is not None:
+                return own
+            source = before.producer
+        return None
+
+
+def _factors(operation: Operation, places: _Places) -> tuple[str | None, ...]:
+    """The quantizers of what is multiplied: the weight and the input, or two activations."""
+    floating = [(slot, value) for slot, value in operation.inputs if value.floating and len(value.shape) > 1]
+    return tuple(places.of(operation, slot, value) for slot, value in floating[:2])
+
+
+def _multiplications(operation: Operation) -> float:
+    """Multiplications of one operation on the recorded batch; 0 for what does not multiply matrices."""
+    shapes = [value.shape for _, value in operation.inputs if value.floating and len(value.shape) > 1]
+    if len(shapes) < 2 or not operation.outputs:
+        return 0.0
+    result = math.prod(operation.outputs[0].shape)
+    if operation.category is Category.CONVOLUTION:
+        if "transpose" in operation.op:
+            return math.prod(shapes[0]) * math.prod(shapes[1]) / shapes[1][0]
+        return result * math.prod(shapes[1]) / shapes[1][0]
+    if operation.category is Category.LINEAR:
+        return float(result * shapes[0][-1])
+    if operation.category is Category.MATMUL:
+        return float(result * shapes[0][-1])
+    if operation.category is Category.RECURRENT:
+        steps = math.prod(shapes[0][:-1])
+        return float(steps * sum(math.prod(shape) for shape in shapes[1:]))
+    return 0.0
