@@ -100,11 +100,27 @@ def _products(session: Instrumentation) -> list[_Product]:
     samples = max((value.shape[0] for op in outputs for value in op.outputs if value.shape), default=1) or 1
     found = []
     for operation in session.topology.runs[0] if session.topology.runs else []:
-        factors = _factors(operation, places)
+        if operation.category is Category.RECURRENT:
+            found += _recurrent(operation, places, samples)
+            continue
         count = _multiplications(operation)
-        if count and factors:
-            found.append(_Product(count / samples, factors))
+        if count:
+            found.append(_Product(count / samples, _factors(operation, places)))
     return found
+
+
+def _recurrent(operation: Operation, places: _Places, samples: int) -> list[_Product]:
+    """The multiplications of each weight of a recurrent layer, one for each step; the hidden state is in FP32."""
+    (slot, data), *others = operation.inputs
+    steps = math.prod(data.shape[:-1]) / samples
+    weights = [(place, value) for place, value in others if value.from_parameter and len(value.shape) > 1]
+    return [
+        _Product(
+            steps * math.prod(value.shape),
+            (places.of(operation, place, value), places.of(operation, slot, data) if index % 2 == 0 else None),
+        )
+        for index, (place, value) in enumerate(weights)
+    ]
 
 
 class _Places:
@@ -156,11 +172,6 @@ def _multiplications(operation: Operation) -> float:
         if "transpose" in operation.op:
             return math.prod(shapes[0]) * math.prod(shapes[1]) / shapes[1][0]
         return result * math.prod(shapes[1]) / shapes[1][0]
-    if operation.category is Category.LINEAR:
+    if operation.category in (Category.LINEAR, Category.MATMUL):
         return float(result * shapes[0][-1])
-    if operation.category is Category.MATMUL:
-        return float(result * shapes[0][-1])
-    if operation.category is Category.RECURRENT:
-        steps = math.prod(shapes[0][:-1])
-        return float(steps * sum(math.prod(shape) for shape in shapes[1:]))
     return 0.0

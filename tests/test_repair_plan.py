@@ -1,0 +1,150 @@
+"""What to try next and what is kept: pure functions, against simulated losses."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_quantdebug.repair_plan import (
+    SettingPoint,
+    allowed_tries,
+    give_back,
+    growing_groups,
+    judge_single,
+    noise_gain,
+    on_front,
+    raising,
+    single_tries,
+)
+from lightning_quantdebug.report import Sensitivity
+
+
+def row(kind: str = "weight", **counterfactuals: float) -> Sensitivity:
+    return Sensitivity("q", kind, 8, None, None, None, 20.0, "exact", counterfactuals=counterfactuals)
+
+
+def test_only_what_promises_a_decibel_is_tried_and_the_best_range_first() -> None:
+    found = single_tries(row(now=20.0, mse=20.9, percentile=24.0, per_channel=40.0), [16], ["per_channel"])
+    assert [(item.remedy, item.variant) for item in found] == [
+        ("custom_range", "percentile"),
+        ("granularity", "per_channel"),
+        ("bit_width", "16 bits"),
+    ]
+    found = single_tries(
+        row(now=20.0, mse=25.0, percentile=24.0, per_channel=20.5), [8, 16], ["per_channel", "per_group"]
+    )
+    assert [item.variant for item in found] == ["mse", "percentile", "8 bits"]
+    assert found[-1].widths == (8,)
+    assert single_tries(row(), [], ["per_channel"]) == []
+
+
+def test_the_users_choice_of_remedies_holds() -> None:
+    tries = single_tries(row(now=20.0, mse=25.0), [16], [])
+    assert [item.remedy for item in allowed_tries(tries, ["bit_width"])] == ["bit_width"]
+    assert allowed_tries(tries, ()) == []
+    assert allowed_tries(tries, None) == tries
+
+
+def test_raising_names_each_width_once() -> None:
+    assert raising({"a": 16, "b": 8, "c": 16}).variant == "8 and 16 bits"
+    assert raising({"a": 16, "b": 8, "c": 16}).widths == (16, 8, 16)
+    assert raising({"a": 16}).title == "a: 16 bits"
+
+
+@given(st.integers(0, 200))
+def test_groups_have_all_names_once_and_grow(count: int) -> None:
+    names = [str(number) for number in range(count)]
+    groups = list(growing_groups(names))
+    assert [name for group in groups for name in group] == names
+    assert len(groups) <= 2 + max(0, count).bit_length()
+    sizes = [len(group) for group in groups][:-1]
+    assert sizes == sorted(sizes)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 40), st.floats(0.0, 2.0))
+def test_giving_back_never_leaves_the_tolerance_and_leaves_nothing_to_lower(
+    seed: int, count: int, tolerance: float
+) -> None:
+    """Losses add up; what is lowered costs its own. The order is from the least needed to the most."""
+    draw = random.Random(seed)
+    costs = {str(number): draw.random() ** 4 for number in range(count)}
+    names = sorted(costs, key=lambda name: costs[name])
+    lowered: set[str] = set()
+    measured = 0
+
+    def can_lower(group: tuple[str, ...]) -> bool:
+        nonlocal measured
+        measured += 1
+        if sum(costs[name] for name in lowered | set(group)) > tolerance:
+            return False
+        lowered.update(group)
+        return True
+
+    assert set(give_back(names, can_lower)) == lowered
+    assert sum(costs[name] for name in lowered) <= tolerance
+    left = set(names) - lowered
+    assert all(sum(costs[n] for n in lowered) + costs[name] > tolerance for name in left)
+    assert measured <= 2 * count
+
+
+def test_halving_takes_few_measurements_where_few_are_needed() -> None:
+    measured = 0
+
+    def can_lower(group: tuple[str, ...]) -> bool:
+        nonlocal measured
+        measured += 1
+        return "127" not in group
+
+    assert len(give_back([str(number) for number in range(128)], can_lower)) == 127
+    assert measured == 15
+    assert give_back([], can_lower) == []
+
+
+@pytest.mark.parametrize(
+    ("score", "score_interval", "fallen", "fallen_interval", "kept", "reason"),
+    [
+        (0.1, (0.05, 0.15), -1.0, (-2.0, -0.5), True, "the score rose beyond noise"),
+        (0.0, (-0.1, 0.1), 0.5, (0.1, 0.9), True, "the output moved less, beyond noise"),
+        (0.0, (-0.1, 0.1), 0.5, (-0.1, 0.9), False, "neither score nor output gained beyond noise"),
+        (-0.1, (-0.2, -0.05), 0.5, (0.1, 0.9), False, "the score fell beyond noise"),
+        (-0.1, None, 0.5, (0.1, 0.9), False, "the score fell"),
+        (0.0, None, 0.5, (0.1, 0.9), True, "the output moved less, beyond noise"),
+        (0.0, None, 0.5, None, True, "the output moved less (one batch: no interval is known)"),
+        (0.0, None, 0.0, None, False, "neither score nor output gained beyond noise"),
+        (-0.01, (-0.1, 0.1), 0.5, None, False, "neither score nor output gained beyond noise"),
+    ],
+)
+def test_a_single_repair_is_kept_for_its_score_or_its_output(
+    score: float, score_interval: object, fallen: float, fallen_interval: object, kept: bool, reason: str
+) -> None:
+    assert judge_single(score, score_interval, fallen, fallen_interval) == (kept, reason)  # type: ignore[arg-type]
+
+
+def test_noise_gain_is_weighted_and_paired() -> None:
+    before, after = [(1.0, 32), (3.0, 32), (2.0, 8)], [(0.5, 32), (2.5, 32), (1.0, 8)]
+    gain, interval = noise_gain(before, after)
+    assert gain == pytest.approx((0.5 * 64 + 1.0 * 8) / 72)
+    assert interval is not None
+    assert interval[0] < gain < interval[1]
+    assert noise_gain(before, after[:2]) == (0.0, None)
+    assert noise_gain([], []) == (0.0, None)
+    assert noise_gain([(1.0, 4)], [(0.5, 4)]) == (0.5, None)
+
+
+def point(size: float, operations: float, loss: float | None) -> SettingPoint:
+    return SettingPoint("", size, operations, 0, None if loss is None else 1.0 - loss, loss, None)
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(0, 4)), max_size=8))
+def test_the_front_is_what_nobody_beats(values: list[tuple[int, int, int]]) -> None:
+    points = [point(*value) for value in values]
+    for own, on in zip(values, on_front(points), strict=True):
+        beaten = any(all(a <= b for a, b in zip(other, own, strict=True)) and other != own for other in values)
+        assert on is not beaten
+
+
+def test_a_setting_without_a_score_is_on_no_front() -> None:
+    assert on_front([point(1, 1, None), point(2, 2, 0.5)]) == [False, True]
