@@ -33,6 +33,13 @@ MOST_VALUES = 1 << 16
 to 1 dB (measured in the tests); of 134 quantizers together 35 MB."""
 
 
+PERCENTILES = (99.99, 99.9, 99.0)
+"""Ranges that leave out one value in 10,000, 1,000 and 100: beyond that clipping is rarely worth its noise."""
+
+_BULK = 0.999
+# Share of the values, those of least magnitude, whose SQNR is looked at apart: one outlier may be all of the signal.
+
+
 class TensorSamples:
     """A bounded sample of the FP32 tensor that each activation's quantizer sees.
 
@@ -88,8 +95,9 @@ def all_counterfactuals(
 
     Returns:
         By the quantizer's name, SQNR in dB of its tensor: ``now``; with ``bits_16`` and with 4 more bits
-        (``bits_plus_4``); ``per_channel``, ``per_group``; with the range of ``mse`` or of ``percentile``. What makes no
-        sense for a quantizer is left out.
+        (``bits_plus_4``); ``per_channel``, ``per_group``; with the range of ``mse`` or of a percentile, such as
+        ``percentile_99.9``. What makes no sense for a quantizer is left out. Of ranges, ``bulk_now`` and so on are the
+        SQNR without the one value in a thousand that is greatest.
     """
     found: dict[str, dict[str, float]] = {}
     for quantizer in session.select(kind=Kind.ACTIVATION):
@@ -117,17 +125,15 @@ def activation_counterfactuals(quantizer: Quantizer, sample: Tensor) -> dict[str
     """
     encoding, spec = quantizer.encoding, quantizer.spec
     assert encoding is not None
-    found = {"now": _sqnr(sample, encoding.to(sample.device))}
+    found = _both("now", sample, fake_quantize(sample, encoding.to(sample.device)))
     for name, width in _wider(spec.bit_width):
-        wider = replace(spec, bit_width=width)
-        found[name] = _sqnr(sample, _anew(quantizer, wider, sample))
+        found[name] = _sqnr(sample, _anew(quantizer, replace(spec, bit_width=width), sample))
     if sample.shape[0] > 1:
         own = replace(spec, granularity=Granularity.PER_CHANNEL)
         found["per_channel"] = _sqnr(sample, encoding_from_range(*sample.aminmax(dim=1), own, 0))
     if quantizer.fixed_range is None and not quantizer.frozen:
-        for method in (RangeSetting.MSE, RangeSetting.PERCENTILE):
-            if spec.effective_range_setting is not method:
-                found[method.value] = _sqnr(sample, _anew(quantizer, replace(spec, range_setting=method), sample))
+        for name, other in _ranges(spec):
+            found |= _both(name, sample, fake_quantize(sample, _anew(quantizer, other, sample)))
     return found
 
 
@@ -142,13 +148,9 @@ def weight_counterfactuals(layer: Layer, weight: Tensor, adjustment: Adjustment 
     """
     quantizer, spec = layer.quantizer, layer.quantizer.spec
     corrected = weight if adjustment is None else adjustment_corrected(weight, adjustment)
-    found = {"now": sqnr_db(weight, quantizer.quantized(corrected))}
+    found = _both("now", weight, quantizer.quantized(corrected))
     changes: list[tuple[str, QuantSpec]] = [(n, replace(spec, bit_width=w)) for n, w in _wider(spec.bit_width)]
-    changes += [
-        (method.value, replace(spec, range_setting=method))
-        for method in (RangeSetting.MSE, RangeSetting.PERCENTILE)
-        if spec.effective_range_setting is not method
-    ]
+    changes += _ranges(spec)
     axes = [quantizer.channel_axis] * len(changes)
     for granularity in _finer(spec.granularity):
         asked = replace(
@@ -160,7 +162,8 @@ def weight_counterfactuals(layer: Layer, weight: Tensor, adjustment: Adjustment 
             axes.append(layer.channel_axis)
     for (name, changed), axis in zip(changes, axes, strict=True):
         try:
-            found[name] = sqnr_db(weight, quantized_anew(weight, changed, axis))
+            quantized = quantized_anew(weight, changed, axis)
+            found |= _both(name, weight, quantized) if _is_range(name) else {name: sqnr_db(weight, quantized)}
         except CalibrationError:
             continue
     return found
@@ -177,6 +180,43 @@ def _wider(bit_width: int) -> Sequence[tuple[str, int]]:
     return [
         (name, width) for name, width in (("bits_16", 16), ("bits_plus_4", bit_width + 4)) if bit_width < width <= 16
     ]
+
+
+def _ranges(spec: QuantSpec) -> list[tuple[str, QuantSpec]]:
+    """Names and specs of the other range settings that are looked at."""
+    changes = [("mse", replace(spec, range_setting=RangeSetting.MSE))]
+    changes += [(percentile_name(p), replace(spec, range_setting="percentile", percentile=p)) for p in PERCENTILES]
+    return [(name, other) for name, other in changes if not _sets_same_range(spec, other)]
+
+
+def _sets_same_range(spec: QuantSpec, other: QuantSpec) -> bool:
+    """Whether two specs give the same range."""
+    method = spec.effective_range_setting
+    same = method is other.effective_range_setting
+    return same and (method is not RangeSetting.PERCENTILE or spec.percentile == other.percentile)
+
+
+def percentile_name(percentile: float) -> str:
+    """What a percentile is called.
+
+    Examples:
+        >>> percentile_name(99.9), percentile_name(99.0)
+        ('percentile_99.9', 'percentile_99')
+    """
+    return f"percentile_{percentile:g}"
+
+
+def _is_range(name: str) -> bool:
+    """Whether a counterfactual is that of another range."""
+    return name == "mse" or name.startswith("percentile_")
+
+
+def _both(name: str, exact: Tensor, quantized: Tensor) -> dict[str, float]:
+    """SQNR of all values, and of the bulk of them."""
+    magnitude = exact.abs().flatten()
+    ceiling = magnitude.kthvalue(max(1, int(_BULK * magnitude.numel()))).values
+    bulk = (magnitude <= ceiling).reshape(exact.shape)
+    return {name: sqnr_db(exact, quantized), f"bulk_{name}": sqnr_db(exact[bulk], quantized[bulk])}
 
 
 def _finer(granularity: Granularity) -> list[Granularity]:

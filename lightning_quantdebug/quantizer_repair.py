@@ -324,7 +324,9 @@ class QuantizerRepair:
 def _respecify(session: Instrumentation, quantizer: Quantizer, item: SingleTry) -> None:
     """Give a quantizer another range setting or more bits."""
     if item.remedy == "custom_range":
-        spec = replace(quantizer.spec, range_setting=RangeSetting(item.variant))
+        method, _, percentile = item.variant.partition("_")
+        spec = replace(quantizer.spec, range_setting=RangeSetting(method))
+        spec = replace(spec, percentile=float(percentile)) if percentile else spec
     else:
         spec = replace(quantizer.spec, bit_width=item.widths[item.quantizers.index(quantizer.name)])
     _forget_corrections(session, quantizer.name)
@@ -363,5 +365,6 @@ def _change_of(session: Instrumentation, quantizer: Quantizer) -> str:
     if spec.granularity is not target.granularity and quantizer.kind is Kind.WEIGHT:
         parts.append(spec.granularity.value)
     if spec.range_setting is not target.range_setting and spec.range_setting is not None:
-        parts.append(f"range {spec.range_setting.value}")
+        of_percentile = f" {spec.percentile:g}" if spec.range_setting is RangeSetting.PERCENTILE else ""
+        parts.append(f"range {spec.range_setting.value}{of_percentile}")
     return ", ".join(parts)

@@ -53,21 +53,31 @@ def single_tries(row: Sensitivity, widths: Sequence[int], granularities: Sequenc
 
     Examples:
         >>> row = Sensitivity("relu", "activation", 8, None, None, None, 20.0, "exact",
-        ...     counterfactuals={"now": 20.0, "mse": 31.0, "percentile": 28.0, "bits_16": 68.0})
+        ...     counterfactuals={"now": 20.0, "mse": 31.0, "percentile_99": 28.0, "bits_16": 68.0})
         >>> [(item.remedy, item.variant) for item in single_tries(row, [16], [])]
-        [('custom_range', 'mse'), ('custom_range', 'percentile'), ('bit_width', '16 bits')]
+        [('custom_range', 'mse'), ('bit_width', '16 bits')]
     """
-    found = row.counterfactuals
-    now = found.get("now")
-
-    def promises(name: str) -> bool:
-        value = found.get(name)
-        return now is not None and value is not None and value - now >= LEAST_GAIN_DB
-
-    ranges = sorted(filter(promises, ("mse", "percentile")), key=lambda name: -(found[name] or 0.0))
-    tries = [SingleTry("custom_range", (row.quantizer,), name) for name in ranges]
-    tries += [SingleTry("granularity", (row.quantizer,), name) for name in granularities if promises(name)]
+    tries = [SingleTry("custom_range", (row.quantizer,), name) for name in _ranges(row)]
+    tries += [SingleTry("granularity", (row.quantizer,), name) for name in granularities if _gain(row, name) > 0]
     return tries + [raising({row.quantizer: width}) for width in widths[:1]]
+
+
+def _ranges(row: Sensitivity) -> list[str]:
+    """The range that promises most for all values, and the one that does for the bulk of them.
+
+    An outlier that no later layer looks at is most of the signal: only the bulk tells what clipping it is worth.
+    """
+    names = [name for name in row.counterfactuals if name == "mse" or name.startswith("percentile_")]
+    best = [max(names, key=lambda name: _gain(row, name, prefix), default="") for prefix in ("", "bulk_")]
+    gains = [_gain(row, name, prefix) for name, prefix in zip(best, ("", "bulk_"), strict=True)]
+    return list(dict.fromkeys(name for name, gain in zip(best, gains, strict=True) if gain > 0))
+
+
+def _gain(row: Sensitivity, name: str, prefix: str = "") -> float:
+    """What a setting promises in dB; 0 where that is not worth a try."""
+    now, then = (row.counterfactuals.get(f"{prefix}{key}") for key in ("now", name))
+    gain = 0.0 if now is None or then is None else then - now
+    return gain if gain >= LEAST_GAIN_DB else 0.0
 
 
 def raising(widths: Mapping[str, int]) -> SingleTry:

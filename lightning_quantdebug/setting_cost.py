@@ -146,7 +146,7 @@ class _Places:
         source: Operation | None = value.producer
         while source is not None:
             name = self._results.get(self._shared[source.key])
-            if name is not None or source.category not in _HANDS_ON or not source.data_inputs:
+            if name is not None or not _hands_on(source):
                 return name
             slot, before = source.data_inputs[0]
             own = self._arguments.get((self._shared[source.key], slot))
@@ -154,6 +154,12 @@ class _Places:
                 return own
             source = before.producer
         return None
+
+
+def _hands_on(operation: Operation) -> bool:
+    """Whether an operation leaves numbers on the grid of its first data input: moves them, or scales them all alike."""
+    scales = operation.category is Category.MULTIPLY and len(operation.data_inputs) == 1
+    return bool(operation.data_inputs) and (operation.category in _HANDS_ON or scales)
 
 
 def _factors(operation: Operation, places: _Places) -> tuple[str | None, ...]:

@@ -16,7 +16,7 @@ from lightning_quantdebug.counterfactuals import TensorSamples, activation_count
 from lightning_quantdebug.instrument import Instrumentation, batch_runs, instrument
 from lightning_quantdebug.noise import sqnr_db
 from lightning_quantdebug.quantizer import Quantizer
-from lightning_quantdebug.target import Kind, Mode, QuantSpec, RangeSetting
+from lightning_quantdebug.target import Kind, Mode, QuantSpec
 from tests import zoo
 
 torch.set_num_threads(1)
@@ -50,30 +50,40 @@ def test_an_activation_with_other_bits_and_per_channel() -> None:
     assert found["per_channel"] > found["now"] + 3
 
 
-@pytest.mark.parametrize("method", [RangeSetting.MSE, RangeSetting.PERCENTILE])
-def test_a_range_setting_is_that_which_calibration_would_give(method: RangeSetting) -> None:
+RANGES = {"mse", "percentile_99.99", "percentile_99.9", "percentile_99"}
+BULK = {"bulk_now", *(f"bulk_{name}" for name in RANGES)}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("mse", {"range_setting": "mse"}), ("percentile_99", {"range_setting": "percentile", "percentile": 99.0})],
+)
+def test_a_range_setting_is_that_which_calibration_would_give(name: str, settings: dict[str, object]) -> None:
     x = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0))
     x[0, 0] = 100.0
     quantizer = calibrated(x, bit_width=8)
     found = activation_counterfactuals(quantizer, x)
-    other = calibrated(x, bit_width=8, range_setting=method)
+    other = calibrated(x, bit_width=8, **settings)
     assert other.encoding is not None
     other.mode = Mode.QUANTIZE
-    assert found[method.value] == pytest.approx(sqnr_db(x, other(x)))
-    assert found[method.value] != found["now"]
-    assert method.value not in activation_counterfactuals(other, x)
+    assert found[name] == pytest.approx(sqnr_db(x, other(x)))
+    assert found[name] != found["now"]
+    assert name not in activation_counterfactuals(other, x)
+    few = x.abs() <= x.abs().flatten().sort().values[int(0.999 * x.numel()) - 1]
+    assert found[f"bulk_{name}"] == pytest.approx(sqnr_db(x[few], other(x)[few]))
+    assert found["bulk_percentile_99"] > found["bulk_now"] + 5
 
 
 def test_what_makes_no_sense_is_left_out() -> None:
     x = torch.rand(1, 100)
-    assert set(activation_counterfactuals(calibrated(x, bit_width=16), x)) == {"now", "mse", "percentile"}
-    assert set(activation_counterfactuals(calibrated(x, bit_width=13), x)) == {"now", "bits_16", "mse", "percentile"}
+    assert set(activation_counterfactuals(calibrated(x, bit_width=16), x)) == {"now", *RANGES, *BULK}
+    assert set(activation_counterfactuals(calibrated(x, bit_width=13), x)) == {"now", "bits_16", *RANGES, *BULK}
     fixed = Quantizer("x", Kind.ACTIVATION, QuantSpec(8), fixed_range=(0.0, 1.0))
     fixed.set_range()
-    assert set(activation_counterfactuals(fixed, x)) == {"now", "bits_16", "bits_plus_4"}
+    assert set(activation_counterfactuals(fixed, x)) == {"now", "bulk_now", "bits_16", "bits_plus_4"}
     frozen = calibrated(x)
     frozen.freeze()
-    assert set(activation_counterfactuals(frozen, x)) == {"now", "bits_16", "bits_plus_4"}
+    assert set(activation_counterfactuals(frozen, x)) == {"now", "bulk_now", "bits_16", "bits_plus_4"}
 
 
 def counterfactuals_of(q: Instrumentation, model: nn.Module, batch: Tensor) -> dict[str, dict[str, float]]:
@@ -108,7 +118,7 @@ def test_weights_are_seen_folded_and_measured_for_real() -> None:
             ("bits_16", {"bit_width": 16}),
             ("bits_plus_4", {"bit_width": 8}),
             ("per_channel", {"granularity": "per_channel"}),
-            ("percentile", {"range_setting": "percentile"}),
+            ("percentile_99.9", {"range_setting": "percentile", "percentile": 99.9}),
         ):
             state = q.state()
             quantizer.respecify(replace(quantizer.spec, **change), 0 if name == "per_channel" else None)

@@ -27,18 +27,26 @@ def row(kind: str = "weight", **counterfactuals: float) -> Sensitivity:
 
 
 def test_only_what_promises_a_decibel_is_tried_and_the_best_range_first() -> None:
-    found = single_tries(row(now=20.0, mse=20.9, percentile=24.0, per_channel=40.0), [16], ["per_channel"])
+    found = single_tries(row(now=20.0, mse=20.9, percentile_99=24.0, per_channel=40.0), [16], ["per_channel"])
     assert [(item.remedy, item.variant) for item in found] == [
-        ("custom_range", "percentile"),
+        ("custom_range", "percentile_99"),
         ("granularity", "per_channel"),
         ("bit_width", "16 bits"),
     ]
     found = single_tries(
-        row(now=20.0, mse=25.0, percentile=24.0, per_channel=20.5), [8, 16], ["per_channel", "per_group"]
+        row(now=20.0, mse=25.0, percentile_99=24.0, per_channel=20.5), [8, 16], ["per_channel", "per_group"]
     )
-    assert [item.variant for item in found] == ["mse", "percentile", "8 bits"]
+    assert [item.variant for item in found] == ["mse", "8 bits"]
     assert found[-1].widths == (8,)
     assert single_tries(row(), [], ["per_channel"]) == []
+
+
+def test_a_range_that_is_better_for_all_but_the_outliers_is_tried_too() -> None:
+    values = {"now": 30.0, "mse": 32.0, "percentile_99": 5.0, "percentile_99.9": 6.0}
+    bulk = {"bulk_now": 0.0, "bulk_mse": 0.5, "bulk_percentile_99": 40.0, "bulk_percentile_99.9": 30.0}
+    found = single_tries(row(**values, **bulk), [], [])
+    assert [item.variant for item in found] == ["mse", "percentile_99"]
+    assert single_tries(row(now=30.0, mse=30.5, bulk_now=20.0, bulk_mse=20.5), [], []) == []
 
 
 def test_the_users_choice_of_remedies_holds() -> None:
