@@ -12,7 +12,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from lightning_quantdebug.report import Report, StepVerdict
+from lightning_quantdebug.report import Report, StepName, StepVerdict
 from lightning_quantdebug.report_markdown import (
     headline,
     interaction,
@@ -87,6 +87,9 @@ def _steps(report: Report) -> list[str]:
     lines = ["", *_aligned(rows)] if len(rows) > 1 else []
     both = interaction(report)
     lines += _wrapped(both) if both else []
+    of_quantizers = (report.step(StepName.PER_QUANTIZER), report.step(StepName.FIX_QUANTIZERS))
+    for step in walked(report):
+        lines += _wrapped(f"{step.step.value}: {step.advice}") if step in of_quantizers and step.advice else []
     for verdict, text in ((StepVerdict.SKIPPED, "skipped"), (StepVerdict.NOT_RUN, "not run by this version")):
         names = not_walked(report, verdict)
         lines += _wrapped(f"{text}: {', '.join(names)}") if names else []

@@ -185,7 +185,9 @@ def _wider(bit_width: int) -> Sequence[tuple[str, int]]:
 def _ranges(spec: QuantSpec) -> list[tuple[str, QuantSpec]]:
     """Names and specs of the other range settings that are looked at."""
     changes = [("mse", replace(spec, range_setting=RangeSetting.MSE))]
-    changes += [(percentile_name(p), replace(spec, range_setting="percentile", percentile=p)) for p in PERCENTILES]
+    changes += [
+        (percentile_name(p), replace(spec, range_setting=RangeSetting.PERCENTILE, percentile=p)) for p in PERCENTILES
+    ]
     return [(name, other) for name, other in changes if not _sets_same_range(spec, other)]
 
 

@@ -7,10 +7,11 @@ user's model (layer names, evidence, error texts) is escaped: no name can end a 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lightning_quantdebug.markdown_text import code, escape, interval, number, table
+from lightning_quantdebug.quantizer_tables import quantizers_section, settings_section
 from lightning_quantdebug.report import (
     Cause,
     Coverage,
@@ -28,65 +29,8 @@ MAX_FINDINGS = 10
 MAX_RANGES = 20
 MAX_NAMES = 4
 MAX_REASONS = 8
-MAX_TEXT = 400
 
-_SAFE_CODE = re.compile(r"[\w.@/:\[\]=+-][\w.@/:\[\] ,=+-]*")
-# Brackets suffice to disarm links and images; an underscore inside a word starts no emphasis.
-_SPECIAL = re.compile(r"([\\`*\[\]#~|]|(?<![^\W_])_|_(?![^\W_]))")
-
-
-def escape(text: str) -> str:
-    r"""Text as Markdown shows it literally, on one line, also inside a table cell.
-
-    Args:
-        text: Anything, such as a layer's name.
-
-    Returns:
-        The text with control characters as spaces, Markdown's own characters escaped, ``<``, ``>`` and ``&`` as
-        entities, cut after 400 characters.
-
-    Examples:
-        >>> print(escape("a|b <script>\n# c"))
-        a\|b &lt;script&gt; \# c
-    """
-    flat = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    if len(flat) > MAX_TEXT:
-        flat = flat[: MAX_TEXT - 3] + "..."
-    entities = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return _SPECIAL.sub(r"\\\1", entities)
-
-
-def code(name: str) -> str:
-    r"""A name as a code span, or escaped text where a code span could not hold it.
-
-    Examples:
-        >>> print(code("layer1.0.conv.weight"), code("a`b"))
-        `layer1.0.conv.weight` a\`b
-    """
-    return f"`{name}`" if len(name) <= MAX_TEXT and _SAFE_CODE.fullmatch(name) else escape(name)
-
-
-def number(value: object, digits: int = 4) -> str:
-    """A number with four significant digits; ``-`` where there is none.
-
-    Examples:
-        >>> number(0.123456), number(None), number(12), number(-0.0)
-        ('0.1235', '-', '12', '0')
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "-"
-    # A zero has no sign here: "-0" would only puzzle.
-    return f"{value + 0.0:.{digits}g}" if isinstance(value, float) else f"{value:.{digits}g}"
-
-
-def interval(value: Sequence[float | None] | None) -> str:
-    """A 95 % interval as ``[low, high]``; ``-`` where there is none.
-
-    Examples:
-        >>> interval((0.01, 0.05)), interval(None)
-        ('[0.01, 0.05]', '-')
-    """
-    return "-" if value is None or set(value) == {None} else f"[{number(value[0])}, {number(value[1])}]"
+__all__ = ["code", "escape", "interval", "number", "table", "to_markdown"]
 
 
 def walked(report: Report) -> list[Step]:
@@ -212,12 +156,6 @@ def _lost(report: Report, name: StepName) -> bool:
     return step is not None and step.verdict is StepVerdict.FAILED
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the cells must be escaped already."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def ranges_table(settings: Iterable[QuantizerSetting]) -> str:
     """Every quantizer's observed values, clipping range and grid as a Markdown table.
 
@@ -261,7 +199,9 @@ def to_markdown(report: Report) -> str:
         _bullets(escape(line) for line in reasons(report)),
         _walk(report),
         _findings(report.findings),
+        quantizers_section(report),
         _remedies(report),
+        settings_section(report),
         _coverage(report.coverage),
         _ranges(report),
         "## What to do next\n\n" + _bullets(escape(line) for line in next_steps(report)),

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_quantdebug.errors import ReportError
 from lightning_quantdebug.observer import Histogram
+from lightning_quantdebug.quantizer_tables import sensitivity_table
 from lightning_quantdebug.report import QuantizerSetting, Report
 from lightning_quantdebug.report_markdown import ranges_table, to_markdown
 from lightning_quantdebug.target import Kind
@@ -141,6 +142,8 @@ class ReviewWriter:
                     scalars[f"{self.prefix}/{word}/{item.step.value}"] = value
         self._write_scalars(scalars, step)
         self._write_text(f"{self.prefix}/report", to_markdown(report), step)
+        if report.sensitivity:
+            self._write_text(f"{self.prefix}/table_of_quantizers", sensitivity_table(report.sensitivity), step)
         if report.final.settings:
             self.write_ranges(report.final.settings.values(), step)
 

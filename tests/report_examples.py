@@ -35,6 +35,20 @@ def full_report() -> Report:
     both = {"both": {"score": 0.48, "loss": 0.45, "interval": [0.4, 0.5]}, "interaction": -0.04}
     draws = {"calibration_draws": {"spread": {}, "scores": [0.86, 0.88], "advice": "Ranges settle at 256 samples."}}
     held_out = {"held_out": {"loss": 0.44, "interval": [0.38, 0.5], "samples": 250, "verdict": "failed"}}
+    costs = {"size_bytes": 1500.0, "bit_operations": 2.5e6, "raised": 1}
+    measured = {
+        "title": "conv: 16 bits",
+        **costs,
+        "score": 0.48,
+        "loss": 0.45,
+        "interval": [0.4, 0.5],
+        "on_front": True,
+    }
+    repaired = {
+        "changed": {"conv": "16 bits"},
+        "cost": costs,
+        "pareto": [measured, {**measured, "title": "as it is", "on_front": False}],
+    }
     return Report(
         settings=make_settings(monitor="val_acc", mode="max", target="int8_per_tensor").to_dict(),
         environment={"torch": "2.13.0", "seed": 7},
@@ -45,6 +59,7 @@ def full_report() -> Report:
             Step(StepName.WEIGHTS, StepVerdict.FAILED, 0.5, 0.43, None, "", 2.0, both),
             *not_run,
             Step(StepName.FIX_ACTIVATIONS, StepVerdict.FAILED, 0.87, 0.06, (0.04, 0.08), "", 4.0, draws),
+            Step(StepName.FIX_QUANTIZERS, StepVerdict.FAILED, 0.48, 0.45, (0.4, 0.5), "conv (16 bits).", 3.0, repaired),
             Step(StepName.QUANTIZE_MODEL, StepVerdict.FAILED, 0.48, 0.45, (0.4, 0.5), "", 2.5, held_out),
         ),
         remedies=(
@@ -79,7 +94,25 @@ def full_report() -> Report:
             ),
             ("late",),
         ),
-        sensitivity=(Sensitivity("conv", "activation", 8, 0.9, 0.03, (0.01, 0.05), 31.5, "exact"),),
+        sensitivity=(
+            Sensitivity(
+                "conv",
+                "activation",
+                8,
+                0.9,
+                0.03,
+                (0.01, 0.05),
+                31.5,
+                "exact",
+                kl=0.25,
+                samples=500,
+                task_loss=0.031,
+                guilty=True,
+                loss_when_off=0.4,
+                counterfactuals={"now": 20.0, "mse": 26.0, "per_channel": 40.5, "bits_16": 68.0},
+            ),
+            Sensitivity("head", "activation", 8, 0.93, 0.0, (-0.01, 0.01), 51.0, "race", samples=64),
+        ),
         findings=(
             Finding(Cause.WEIGHT_OUTLIERS, "The largest weight is 60 sigma from the mean.", "conv.weight"),
             Finding(
@@ -99,11 +132,25 @@ def full_report() -> Report:
 
 def hostile_report() -> Report:
     """A report whose every text comes from an enemy."""
+    point = {"title": HOSTILE, "raised": 1, "size_bytes": 1.0, "bit_operations": 1.0, "score": None, "loss": None}
+    repaired = {"changed": {HOSTILE: HOSTILE}, "pareto": [{**point, "interval": None, "on_front": True}]}
     setting = QuantizerSetting(HOSTILE, "weight", 8, True, HOSTILE, -1.0, 1.0, 0.01, 0.0)
     return Report(
         settings={"monitor": HOSTILE, "tolerance": HOSTILE},
         baseline=Baseline(0.5),
-        steps=(Step(StepName.WEIGHTS, StepVerdict.FAILED, float("nan"), None, (None, 1.0), HOSTILE),),  # type: ignore[arg-type]
+        steps=(
+            Step(StepName.WEIGHTS, StepVerdict.FAILED, float("nan"), None, (None, 1.0), HOSTILE),  # type: ignore[arg-type]
+            Step(
+                StepName.PER_QUANTIZER,
+                StepVerdict.FAILED,
+                advice=HOSTILE,
+                details={"way": HOSTILE, "predicted": HOSTILE},
+            ),
+            Step(StepName.FIX_QUANTIZERS, StepVerdict.FAILED, advice=HOSTILE, details=repaired),
+        ),
+        sensitivity=(
+            Sensitivity(HOSTILE, HOSTILE, 8, None, None, None, None, HOSTILE, counterfactuals={HOSTILE: 1.0}),
+        ),
         remedies=(Remedy(HOSTILE, 0.1, 0.2, False, HOSTILE, 1.0),),
         coverage=Coverage((HOSTILE,), (Unquantized(HOSTILE, HOSTILE),), (HOSTILE,)),
         findings=(Finding(Cause.NON_FINITE, HOSTILE, HOSTILE, HOSTILE, HOSTILE),),

@@ -40,7 +40,9 @@ def test_the_page_says_the_verdict_first_and_what_to_do_last_but_files() -> None
     assert sections[1:] == [
         "The walk",
         "Findings",
+        "Quantizers, each alone",
         "Remedies tried",
+        "Single quantizers repaired",
         "Coverage",
         "Ranges",
         "What to do next",
@@ -64,11 +66,11 @@ def test_hostile_names_stay_text() -> None:
 def test_hostile_names_can_not_add_a_cell_to_a_table() -> None:
     html = rendered(to_markdown(hostile_report()))
     tables = re.findall(r"<table>.*?</table>", html, re.DOTALL)
-    assert len(tables) == 4
+    assert len(tables) == 6
     for text in tables:
         rows = re.findall(r"<tr>(.*?)</tr>", text, re.DOTALL)
         assert len({len(re.findall(r"<t[hd]\b", row)) for row in rows}) == 1
-        assert len(rows) == 2
+        assert len(rows) == (4 if "verdict" in rows[0] else 2)
 
 
 def test_a_hostile_name_is_still_readable() -> None:
@@ -97,7 +99,7 @@ def test_a_page_stays_one_page() -> None:
     page = to_markdown(replace(report, findings=findings, final=replace(report.final, settings=settings)))
     assert "280 more in report.json" in page
     assert "30 more in report.json" in page
-    assert len(page.splitlines()) < 100
+    assert len(page.splitlines()) < 125
 
 
 def test_reasons_that_differ_only_in_a_name_are_one_line() -> None:

@@ -67,11 +67,13 @@ def test_a_report_is_written_as_scalars_and_pages(tmp_path: Path) -> None:
             ("activations", 0.87, 0.06),
             ("weights", 0.5, 0.43),
             ("fix_activations", 0.87, 0.06),
+            ("fix_quantizers", 0.48, 0.45),
             ("quantize_model", 0.48, 0.45),
         ]
         for word, value in zip(("score", "loss"), values, strict=True)
     }
     assert text(read, "quantdebug/report").startswith("# Quantization: not accepted")
+    assert "| `conv` | 8 | 31.5 | 0.25 | 0.03 | [0.01, 0.05] | 0.4 |" in text(read, "quantdebug/table_of_quantizers")
     ranges = text(read, "quantdebug/table_of_ranges")
     assert "| `conv` | 8 asymmetric | per tensor | [0, 6] | [0, 6] | 0.02353 | 0 |" in ranges
     assert "| `conv.weight` | 8 symmetric | per channel (16) | [-1, 0.5] | [-1, 0.99] | 0.0078 | 0 |" in ranges
@@ -88,7 +90,7 @@ def test_hostile_names_are_shown_as_text_in_the_text_dashboard(tmp_path: Path) -
     with ReviewWriter(None, tmp_path) as writer:
         writer.write_report(hostile_report(), step=0)
     read = events(tmp_path)
-    for tag in ("quantdebug/report", "quantdebug/table_of_ranges"):
+    for tag in ("quantdebug/report", "quantdebug/table_of_ranges", "quantdebug/table_of_quantizers"):
         html = markdown_to_safe_html(text(read, tag))
         assert "a|b`c`&lt;script&gt;alert(1)&lt;/script&gt; ## owned [31m *_[x](http://e.vil)!" in html
         assert not re.search(r"<(script|a|img|em)\b", html)
