@@ -21,6 +21,7 @@ from lightning_quantdebug.adjustment import Adjustment
 from lightning_quantdebug.evaluation import Evaluation
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.measurement import Measurement
+from lightning_quantdebug.rank_agreement import from_rank_zero, is_rank_zero
 from lightning_quantdebug.report import write_atomically
 from lightning_quantdebug.settings import Settings
 
@@ -87,12 +88,11 @@ class AnalysisStore:
     """
 
     def __init__(self, path: Path | None, key: str) -> None:
-        """Read what is there under this key."""
-        self._path = path
+        """Read what is there under this key; of several ranks the first one reads and writes for all."""
+        self._path = path if is_rank_zero() else None
         self._key = key
-        self._tables: dict[str, dict[str, Measurement]] = {}
-        if path is not None and path.exists():
-            self._tables = _read(path, key)
+        found = _read(self._path, key) if self._path is not None and self._path.exists() else {}
+        self._tables: dict[str, dict[str, Measurement]] = from_rank_zero(found)
 
     def found(self, table: str) -> dict[str, Measurement]:
         """What was measured already, by the name of the quantizer."""

@@ -78,9 +78,8 @@ class Estimator:
 
     Args:
         session: Calibrated; modes, encodings and the network are as before after each batch.
-        probes: Random vectors of each sort for a batch; the error falls with their square root. Four on 128 samples
-            order the quantizers of a small trained network as the exact table does, up to a Spearman correlation of
-            0.98; one alone, which costs a third, gives 0.93 (``tests/test_estimate.py``, W8A8).
+        probes: Random vectors of each sort for a batch; the error falls with their square root. Each costs about two
+            forward passes.
         seed: Of a generator of its own.
 
     Attributes:
@@ -100,7 +99,7 @@ class Estimator:
         (True, 64)
     """
 
-    def __init__(self, session: Instrumentation, probes: int = 4, seed: int = 0) -> None:
+    def __init__(self, session: Instrumentation, probes: int = 2, seed: int = 0) -> None:
         """Nothing is seen yet."""
         self.samples = 0
         self._session = session

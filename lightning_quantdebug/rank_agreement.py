@@ -35,6 +35,11 @@ def rank_count() -> int:
     return torch.distributed.get_world_size()
 
 
+def is_rank_zero() -> bool:
+    """Whether this process leads, or is alone."""
+    return rank_count() == 1 or torch.distributed.get_rank() == 0
+
+
 def from_rank_zero(value: T) -> T:
     """The value that rank zero has; of one process just its own."""
     return gather(value)[0]

@@ -9,8 +9,13 @@ import warnings
 from typing import Any
 
 from lightning_quantdebug import QuantDebug
+from lightning_quantdebug.analysis_store import AnalysisStore
+from lightning_quantdebug.sensitivity import Bench, Sensitivities
+from lightning_quantdebug.settings import make_settings
+from lightning_quantdebug.target import Mode
+from tests.analyses import captured
 from tests.callback_runs import random_states, weights
-from tests.torture import lightning, loader, simple_class, trainer
+from tests.torture import calling, lightning, loader, simple_class, trainer
 
 warnings.filterwarnings("ignore")
 STRATEGIES = {"spawn": "ddp_spawn"}
@@ -36,11 +41,27 @@ def callbacks(root: str, kind: str) -> list[QuantDebug]:
         return [QuantDebug(on_error="raise", watch_every_n_epochs=1, **settings)]
     if kind == "repair":
         return [QuantDebug(on_error="raise", verbose=False, **{**settings, "target": REPAIRABLE, "tolerance": 0.0})]
+    if kind == "analysis":
+        return [QuantDebug(on_error="raise", verbose=False, analysis="exhaustive", reverse_analysis=True, **settings)]
     if kind == "late":
         return [QuantDebug(on_error="raise", max_time={"milliseconds": 50}, **settings)]
     if kind == "unwritable":
         return [QuantDebug(**{**settings, "dirpath": "/dev/null/below"})]
     return [QuantDebug(on_error="warn", verbose=False, **settings)]
+
+
+def table(running: Any, module: Any) -> dict[str, Any]:
+    """Every quantizer alone, side by side and in a validation of its own."""
+    settings = make_settings(monitor="loss", target="w3a4_per_tensor", calibration="val")
+    session, evaluator, reference = captured(running, module, settings)
+    names = [name for name, quantizer in session.quantizers.items() if quantizer.is_calibrated]
+    found = Sensitivities(Bench(session, evaluator, settings, reference, AnalysisStore(None, "")), names).exhaust()
+    scores = {}
+    for name in names:
+        with session.modes(Mode.BYPASS):
+            session.quantizers[name].mode = Mode.QUANTIZE
+            scores[name] = [found.alone[name].score, evaluator.run(session.around_step).score, found.alone[name].kl]
+    return scores
 
 
 def main(root: str, kind: str) -> None:
@@ -51,10 +72,19 @@ def main(root: str, kind: str) -> None:
     module = Module()
     module.fails = kind == "fails"
     given = callbacks(root, kind)
-    running = trainer(
-        root, callbacks=given, strategy=STRATEGIES.get(kind, "ddp"), devices=2, max_epochs=2, num_sanity_val_steps=0
+    alone: dict[str, Any] = {}
+    others = (
+        [calling(on_fit_end=lambda running, module: alone.update(table(running, module)))] if kind == "analysis" else []
     )
-    results: dict[str, Any] = {}
+    running = trainer(
+        root,
+        callbacks=[*given, *others],
+        strategy=STRATEGIES.get(kind, "ddp"),
+        devices=2,
+        max_epochs=2,
+        num_sanity_val_steps=0,
+    )
+    results: dict[str, Any] = {"alone": alone}
     try:
         running.fit(module, loader(shuffle=True), loader(31, 1))
     except (ZeroDivisionError, ValueError) as error:

@@ -36,7 +36,7 @@ def run(root: Path, kinds: str, check: bool = True) -> tuple[dict[str, list[dict
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, Any]]], str]:
     root = tmp_path_factory.mktemp("ddp")
-    return root, *run(root, "walk,plain,late,unwritable,repair")
+    return root, *run(root, "walk,plain,late,unwritable,repair,analysis")
 
 
 def without_seconds(value: Any) -> Any:
@@ -44,6 +44,20 @@ def without_seconds(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_seconds(item) for key, item in value.items() if key not in ("seconds", "files")}
     return [without_seconds(item) for item in value] if isinstance(value, list) else value
+
+
+def test_the_table_of_quantizers_is_that_of_validations_in_full_on_all_ranks(runs: Any) -> None:
+    first, second = runs[1]["analysis"]
+    assert first["alone"] == second["alone"]
+    assert len(first["alone"]) >= 5
+    for side_by_side, in_full, divergence in first["alone"].values():
+        assert side_by_side == in_full
+        assert divergence is not None
+    assert without_seconds(first["report"]) == without_seconds(second["report"])
+    report = Report.from_dict(first["report"])
+    assert {row.samples for row in report.sensitivity} == {32}
+    assert all(row.loss_when_off is not None and row.task_loss is not None for row in report.sensitivity)
+    assert (runs[0] / "analysis" / "quantdebug" / "analysis.json").exists()
 
 
 def test_both_ranks_have_the_same_report(runs: Any) -> None:
