@@ -24,8 +24,8 @@ FIRST_SAMPLES = 64
 0.94, with 128 at 0.98 (CIFAR-10, 54 quantizers)."""
 
 GROWTH = 4
-"""How many times more batches each round has than the last: all earlier rounds together cost a third of the last one
-at most, even if nothing were dropped."""
+"""How many times more batches each round has than the last, at least: all earlier rounds together cost a third of the
+last one at most, even if nothing were dropped."""
 
 
 class Bar(Protocol):
@@ -51,11 +51,11 @@ def rounds(batches: int, batch_size: float) -> list[int]:
 
     Examples:
         >>> rounds(40, 32), rounds(3, 100), rounds(1, 8)
-        ([2, 8, 40], [1, 3], [1])
+        ([2, 8, 40], [3], [1])
     """
     limits = []
     limit = max(1, math.ceil(FIRST_SAMPLES / max(batch_size, 1.0)))
-    while limit * 2 <= batches:
+    while limit * GROWTH <= batches:
         limits.append(limit)
         limit *= GROWTH
     return [*limits, batches]
