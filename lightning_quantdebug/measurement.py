@@ -98,12 +98,12 @@ def is_guilty(found: Measurement, permitted: float) -> bool:
 
 
 def worst_first(found: Mapping[str, Measurement]) -> list[str]:
-    """Names of the quantizers by their damage, the greatest first; of equal damage, by SQNR, then as given."""
+    """Names of the quantizers: those without a score first, then by damage, SQNR, and as given."""
     order = {name: index for index, name in enumerate(found)}
 
-    def rank(name: str) -> tuple[float, float, int]:
+    def rank(name: str) -> tuple[bool, float, float, int]:
         one = found[name]
         damage = one.damage if math.isfinite(one.damage) else math.inf
-        return (-math.inf if one.score is None else -damage, one.sqnr_db, order[name])
+        return one.score is not None, -damage, one.sqnr_db, order[name]
 
     return sorted(found, key=rank)
