@@ -46,8 +46,11 @@ class NoiseSums:
 
     Attributes:
         batches: What each batch was like: mean damage and number of samples.
+        each: The damage of each sample, where ``keeps_samples`` says so.
     """
 
+    keeps_samples: bool = False
+    each: list[float] = field(default_factory=list)
     samples: int = 0
     signal: list[float] = field(default_factory=list)
     noise: list[float] = field(default_factory=list)
@@ -64,6 +67,8 @@ class NoiseSums:
         self.noise = [*batch.noise] if first else [a + b for a, b in zip(self.noise, batch.noise, strict=True)]
         if batch.kl is not None:
             self.kl = (self.kl or 0.0) + batch.kl
+        if self.keeps_samples:
+            self.each += batch.damage
         self._damage += math.fsum(batch.damage)
         self._square += math.fsum(value**2 for value in batch.damage)
         self.batches.append((math.fsum(batch.damage) / max(1, batch.samples), batch.samples))
@@ -74,6 +79,8 @@ class NoiseSums:
             return self if self.batches else other
         kl = None if self.kl is None or other.kl is None else self.kl + other.kl
         return NoiseSums(
+            self.keeps_samples,
+            [*self.each, *other.each],
             self.samples + other.samples,
             [a + b for a, b in zip(self.signal, other.signal, strict=True)],
             [a + b for a, b in zip(self.noise, other.noise, strict=True)],

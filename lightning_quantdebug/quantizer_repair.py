@@ -142,7 +142,7 @@ class QuantizerRepair:
 
     def _is_done(self) -> bool:
         """Whether to stop: success is tested before time."""
-        if self.verdict in (StepVerdict.PASSED, StepVerdict.NOISE):
+        if self.verdict is StepVerdict.PASSED:
             return True
         self.is_late = self.is_late or self._bench.is_late()
         return self.is_late
@@ -183,7 +183,7 @@ class QuantizerRepair:
             reason = self._apply(item)
             if not reason:
                 after = self._measured(item.title)
-                kept, reason, gain = self._judged(before, after)
+                kept, reason, gain = self._judged(item.remedy, before, after)
         except CalibrationError as error:
             reason = f"it could not be applied: {error}"
         finally:
@@ -195,15 +195,15 @@ class QuantizerRepair:
                 self._before_raise |= {name: state for name in item.quantizers if name not in self._before_raise}
         self._note(item.remedy, item.title, before, after, kept, reason, gain, started)
 
-    def _judged(self, before: Measured, after: Measured) -> tuple[bool, str, Difference | None]:
+    def _judged(self, remedy: str, before: Measured, after: Measured) -> tuple[bool, str, Difference | None]:
         """Whether what was measured is kept, why, and the gain of score."""
         if not math.isfinite(after.evaluation.score):
             return False, "the score became NaN or infinite", None
-        fallen, fallen_interval = noise_gain(before.noise.batches, after.noise.batches)
+        fallen, fallen_interval = noise_gain(before.noise.each, after.noise.each)
         if not math.isfinite(before.evaluation.score):
             return True, "the score is a number again", None
         gain = self._split.gain(before.evaluation, after.evaluation, self._bench.settings.direction)
-        return (*judge_single(gain.value, gain.interval, fallen, fallen_interval), gain)
+        return (*judge_single(remedy, gain.value, gain.interval, fallen, fallen_interval), gain)
 
     def _measured(self, title: str) -> Measured:
         """Measure the setting as it is now, and keep it for the table of all settings."""

@@ -7,11 +7,12 @@ least needed first, by halving: every group that can be lowered as a whole costs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from lightning_quantdebug.report import Sensitivity
-from lightning_quantdebug.statistics import paired_interval
 
 LEAST_GAIN_DB = 1.0
 """What a remedy must promise at the quantizer itself to be tried: less than a sixth of a bit is no validation worth."""
@@ -130,28 +131,36 @@ def give_back(names: Sequence[str], can_lower: Callable[[tuple[str, ...]], bool]
     return lowered + give_back(names[half:], can_lower)
 
 
-def noise_gain(
-    before: Sequence[tuple[float, int]], after: Sequence[tuple[float, int]]
-) -> tuple[float, tuple[float, float] | None]:
-    """How far the output's damage has fallen, batch by batch, with its confidence interval (95 %).
+def noise_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """How far the output's damage has fallen, sample by sample, with its confidence interval (95 %).
+
+    Samples are paired, as what makes one sample fragile does so before and after; batches would be too few.
 
     Args:
-        before: Mean damage and samples of each batch.
-        after: The same batches.
+        before: Damage of each sample.
+        after: Of the same samples.
 
     Returns:
-        Mean difference, positive is better, and its interval; ``None`` where there is none.
+        Mean difference, positive is better, and its normal interval; ``None`` where there is none.
+
+    Examples:
+        >>> noise_gain([1.0, 2.0, 3.0, 4.0], [0.5, 1.5, 2.5, 3.0])[0]
+        0.625
     """
-    if len(before) != len(after) or not before:
+    count = len(before)
+    if count != len(after) or count == 0:
         return 0.0, None
-    differences = [old - new for (old, _), (new, _) in zip(before, after, strict=True)]
-    weights = [float(samples) for _, samples in after]
-    total = sum(weights)
-    mean = sum(d * w for d, w in zip(differences, weights, strict=True)) / total if total else 0.0
-    return mean, paired_interval(differences, weights)
+    differences = [old - new for old, new in zip(before, after, strict=True)]
+    mean = math.fsum(differences) / count
+    if count < 2 or not math.isfinite(mean):
+        return mean, None
+    variance = math.fsum((difference - mean) ** 2 for difference in differences) / (count - 1)
+    reach = NormalDist().inv_cdf(0.975) * math.sqrt(variance / count)
+    return mean, (mean - reach, mean + reach)
 
 
 def judge_single(
+    remedy: str,
     score_gain: float,
     score_interval: tuple[float, float] | None,
     fallen: float,
@@ -161,29 +170,35 @@ def judge_single(
 
     One quantizer moves the score by less than its noise; how far it moves the output is known much better. So it is
     kept if the score rises beyond noise, or if the output's damage falls beyond noise and the score does not fall
-    beyond noise.
+    beyond noise. More bits bring every value nearer to its own, so that they are kept unless something shows the
+    contrary: what turns out not to be needed is given back at the end.
 
     Args:
+        remedy: Its name.
         score_gain: Score gained, positive is better.
         score_interval: Its confidence interval, ``None`` where none is known.
         fallen: How far the output's damage has fallen.
         fallen_interval: Its confidence interval.
 
     Examples:
-        >>> judge_single(0.0, (-0.01, 0.01), 0.3, (0.2, 0.4))
+        >>> judge_single("custom_range", 0.0, (-0.01, 0.01), 0.3, (0.2, 0.4))
         (True, 'the output moved less, beyond noise')
-        >>> judge_single(-0.02, (-0.03, -0.01), 0.3, (0.2, 0.4))
+        >>> judge_single("custom_range", -0.02, (-0.03, -0.01), 0.3, (0.2, 0.4))
         (False, 'the score fell beyond noise')
     """
     if score_interval is not None and score_interval[0] > 0:
         return True, "the score rose beyond noise"
-    if (score_interval is not None and score_interval[1] < 0) or (score_interval is None and score_gain < 0):
-        return False, "the score fell beyond noise" if score_interval is not None else "the score fell"
+    if score_interval is not None and score_interval[1] < 0:
+        return False, "the score fell beyond noise"
+    if score_interval is None and score_gain < 0 and fallen <= 0:
+        return False, "the score fell (no interval is known)"
     if fallen_interval is not None and fallen_interval[0] > 0:
         return True, "the output moved less, beyond noise"
-    if fallen_interval is None and fallen > 0 and score_gain >= 0:
-        return True, "the output moved less (one batch: no interval is known)"
-    return False, "neither score nor output gained beyond noise"
+    if remedy != "bit_width":
+        return False, "neither score nor output gained beyond noise"
+    if fallen_interval is not None and fallen_interval[1] < 0:
+        return False, "the output moved more, beyond noise"
+    return True, "more bits, and nothing got worse beyond noise"
 
 
 @dataclass(frozen=True)

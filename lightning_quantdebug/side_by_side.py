@@ -221,7 +221,7 @@ class OutputCache:
 
     def around(self, setting: Setting) -> Callable[[Callable[[], Any], Any, int, int], Any]:
         """What runs the step of each batch with a setting of the quantizers, and adds up its noise."""
-        self.sums = NoiseSums()
+        self.sums = NoiseSums(keeps_samples=True)
 
         def around(call: Callable[[], Any], batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
             def run() -> Any:

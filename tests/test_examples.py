@@ -20,7 +20,7 @@ from lightning_quantdebug.report import Report, StepName, StepVerdict, Verdict
 from lightning_quantdebug.settings import Direction
 
 ROOT = Path(__file__).parent.parent
-BOXES = (StepName.FIX_WEIGHTS, StepName.FIX_ACTIVATIONS)
+BOXES = (StepName.FIX_WEIGHTS, StepName.FIX_ACTIVATIONS, StepName.FIX_QUANTIZERS)
 RUN_HERE = [StepName.FP32_CHECK, StepName.ACTIVATIONS, StepName.WEIGHTS, StepName.QUANTIZE_MODEL]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 
 import pytest
 from hypothesis import given
@@ -111,35 +112,45 @@ def test_halving_takes_few_measurements_where_few_are_needed() -> None:
     assert give_back([], can_lower) == []
 
 
+BEYOND, WITHIN, BELOW = (0.1, 0.9), (-0.1, 0.9), (-0.9, -0.1)
+
+
 @pytest.mark.parametrize(
-    ("score", "score_interval", "fallen", "fallen_interval", "kept", "reason"),
+    ("remedy", "score", "score_interval", "fallen", "fallen_interval", "kept", "reason"),
     [
-        (0.1, (0.05, 0.15), -1.0, (-2.0, -0.5), True, "the score rose beyond noise"),
-        (0.0, (-0.1, 0.1), 0.5, (0.1, 0.9), True, "the output moved less, beyond noise"),
-        (0.0, (-0.1, 0.1), 0.5, (-0.1, 0.9), False, "neither score nor output gained beyond noise"),
-        (-0.1, (-0.2, -0.05), 0.5, (0.1, 0.9), False, "the score fell beyond noise"),
-        (-0.1, None, 0.5, (0.1, 0.9), False, "the score fell"),
-        (0.0, None, 0.5, (0.1, 0.9), True, "the output moved less, beyond noise"),
-        (0.0, None, 0.5, None, True, "the output moved less (one batch: no interval is known)"),
-        (0.0, None, 0.0, None, False, "neither score nor output gained beyond noise"),
-        (-0.01, (-0.1, 0.1), 0.5, None, False, "neither score nor output gained beyond noise"),
+        ("custom_range", 0.1, BEYOND, -1.0, BELOW, True, "the score rose beyond noise"),
+        ("custom_range", 0.0, WITHIN, 0.5, BEYOND, True, "the output moved less, beyond noise"),
+        ("custom_range", 0.0, WITHIN, 0.5, WITHIN, False, "neither score nor output gained beyond noise"),
+        ("custom_range", -0.1, BELOW, 0.5, BEYOND, False, "the score fell beyond noise"),
+        ("custom_range", -0.1, None, -0.5, BEYOND, False, "the score fell (no interval is known)"),
+        ("custom_range", -0.1, None, 0.5, BEYOND, True, "the output moved less, beyond noise"),
+        ("granularity", 0.0, None, 0.5, None, False, "neither score nor output gained beyond noise"),
+        ("bit_width", 0.0, WITHIN, 0.5, WITHIN, True, "more bits, and nothing got worse beyond noise"),
+        ("bit_width", 0.0, WITHIN, 0.5, None, True, "more bits, and nothing got worse beyond noise"),
+        ("bit_width", 0.0, WITHIN, -0.5, BELOW, False, "the output moved more, beyond noise"),
+        ("bit_width", -0.1, BELOW, 0.5, BEYOND, False, "the score fell beyond noise"),
     ],
 )
 def test_a_single_repair_is_kept_for_its_score_or_its_output(
-    score: float, score_interval: object, fallen: float, fallen_interval: object, kept: bool, reason: str
+    remedy: str, score: float, score_interval: object, fallen: float, fallen_interval: object, kept: bool, reason: str
 ) -> None:
-    assert judge_single(score, score_interval, fallen, fallen_interval) == (kept, reason)  # type: ignore[arg-type]
+    assert judge_single(remedy, score, score_interval, fallen, fallen_interval) == (kept, reason)  # type: ignore[arg-type]
 
 
-def test_noise_gain_is_weighted_and_paired() -> None:
-    before, after = [(1.0, 32), (3.0, 32), (2.0, 8)], [(0.5, 32), (2.5, 32), (1.0, 8)]
+def test_noise_gain_is_paired() -> None:
+    draw = random.Random(0)
+    before = [10 * draw.random() for _ in range(400)]
+    after = [value - 0.1 + 0.5 * (draw.random() - 0.5) for value in before]
     gain, interval = noise_gain(before, after)
-    assert gain == pytest.approx((0.5 * 64 + 1.0 * 8) / 72)
-    assert interval is not None
-    assert interval[0] < gain < interval[1]
+    differences = [a - b for a, b in zip(before, after, strict=True)]
+    assert gain == pytest.approx(statistics.mean(differences))
+    reach = 1.959964 * statistics.stdev(differences) / 20
+    assert interval == pytest.approx((gain - reach, gain + reach))
+    assert interval[0] > 0
     assert noise_gain(before, after[:2]) == (0.0, None)
     assert noise_gain([], []) == (0.0, None)
-    assert noise_gain([(1.0, 4)], [(0.5, 4)]) == (0.5, None)
+    assert noise_gain([1.0], [0.5]) == (0.5, None)
+    assert noise_gain([float("inf"), 1.0], [0.5, 0.5])[1] is None
 
 
 def point(size: float, operations: float, loss: float | None) -> SettingPoint:
