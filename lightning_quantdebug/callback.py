@@ -243,7 +243,8 @@ class QuantDebug(CallbackBase):
         """One walk with progress, whatever it ends with."""
         directory = self._directory(trainer)
         rank_zero = trainer.is_global_zero
-        with Progress(EVALUATIONS, verbose=self.settings.verbose, rank_zero=rank_zero, position=1) as progress:
+        verbose, live = self.settings.verbose, compat.live_progress(trainer)
+        with Progress(EVALUATIONS, verbose=verbose, rank_zero=rank_zero, position=1, live=live) as progress:
             diagnosis = Diagnosis(
                 self._evaluator(trainer, pl_module),
                 self._evaluator(trainer, pl_module, limit_batches=1.0),

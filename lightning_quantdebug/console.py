@@ -8,7 +8,7 @@ import textwrap
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -142,6 +142,31 @@ def _files(report: Report) -> list[str]:
     return ["", *lines] if lines else []
 
 
+class _LiveBar:
+    """A bar on the live display that Lightning's RichProgressBar has open, with the calls that tqdm's has."""
+
+    def __init__(self, live: Any, total: int | None) -> None:
+        self.total = total
+        self._live = live
+        self._task = live.add_task("quantdebug", total=total)
+
+    def set_description(self, text: str) -> None:
+        """Say what runs now."""
+        self._live.update(self._task, description=text)
+
+    def update(self, evaluations: int) -> None:
+        """Count evaluations that are done."""
+        self._live.update(self._task, advance=evaluations)
+
+    def refresh(self) -> None:
+        """Show another total."""
+        self._live.update(self._task, total=self.total)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._live.remove_task(self._task)
+
+
 class Progress:
     """Progress of the walk: a bar in a terminal, lines elsewhere, nothing when silent.
 
@@ -151,6 +176,7 @@ class Progress:
         rank_zero: Whether this process speaks for all of them; the others write nothing.
         stream: Where to write; default: standard error.
         position: Row of the bar, below the bars that Lightning holds open.
+        live: The live display of Lightning's RichProgressBar, if one is open: the bar is drawn there.
 
     Examples:
         >>> with Progress(total=2, verbose=False) as progress:
@@ -166,6 +192,7 @@ class Progress:
         rank_zero: bool = True,
         stream: TextIO | None = None,
         position: int = 0,
+        live: Any = None,
     ) -> None:
         """Remember how to show it; nothing is shown before the walk is entered."""
         self.total = total
@@ -173,14 +200,17 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._speaks = verbose and rank_zero
         self._position = position
-        self._bar: tqdm[None] | None = None
+        self._live = live
+        self._bar: tqdm[None] | _LiveBar | None = None
         self._step = self._detail = ""
         self._started = self._said = self._runs_started = time.monotonic()
 
     def __enter__(self) -> Progress:
         """Open the bar, where there is a terminal."""
         self._started = self._said = time.monotonic()
-        if self._speaks and self._stream.isatty():
+        if self._speaks and self._live is not None:
+            self._bar = _LiveBar(self._live, self.total)
+        elif self._speaks and self._stream.isatty():
             self._bar = tqdm(
                 total=self.total,
                 desc="quantdebug",

@@ -145,6 +145,13 @@ def silent_profiler(trainer: TrainerLike) -> Any:
     return _member(trainer, "profilers", "PassThroughProfiler")()
 
 
+def live_progress(trainer: TrainerLike) -> Any:
+    """The live display of the Trainer's RichProgressBar while it is open, else ``None``."""
+    bar = trainer.progress_bar_callback
+    progress = getattr(bar, "progress", None) if foreign_isinstance(bar, "RichProgressBar") else None
+    return progress if progress is not None and progress.live.is_started else None
+
+
 def _member(trainer: TrainerLike, module: str, name: str) -> Any:
     """One name of a submodule of the Trainer's namespace."""
     return getattr(importlib.import_module(f"{namespace_of(trainer).__name__}.{module}"), name)

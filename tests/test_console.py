@@ -113,3 +113,45 @@ def test_the_bar_is_closed_when_the_walk_fails() -> None:
         walk()
     assert progress._bar is None
     progress.close()
+
+
+def test_the_bar_is_drawn_on_lightnings_own_live_display() -> None:
+    from rich.progress import Progress as RichProgress
+
+    with RichProgress(disable=False, console=None, transient=True) as live:
+        with Progress(4, live=live) as progress:
+            progress.describe("weights")
+            progress.advance()
+            progress.expect(2)
+            progress.runs(1, 10)
+            progress.runs(5, 10)
+            (task,) = live.tasks
+            assert (task.completed, task.total) == (1, 6)
+            assert task.description.startswith("quantdebug weights")
+        assert live.tasks == []
+        with Progress(4, live=live, verbose=False) as progress:
+            progress.advance()
+            assert live.tasks == []
+
+
+def test_runs_of_a_group_are_told_with_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("lightning_quantdebug.console.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with Progress(10, stream=stream) as progress:
+        progress.describe("per_quantizer")
+        for done in range(1, 8):
+            now[0] += 4.0
+            progress.runs(done, 21)
+        progress.describe("causes")
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "quantdebug per_quantizer: 0 of 10 evaluations, 0 s"
+    assert lines[1] == "quantdebug per_quantizer: 0 of 10 evaluations, 12 s, 3 of 21 runs, about 72 s left"
+    assert lines[2] == "quantdebug per_quantizer: 0 of 10 evaluations, 24 s, 6 of 21 runs, about 60 s left"
+    assert lines[3] == "quantdebug causes: 0 of 10 evaluations, 28 s"
+    terminal = Terminal()
+    with Progress(10, stream=terminal) as progress:
+        for done in (1, 2, 3):
+            now[0] += 4.0
+            progress.runs(done, 21)
+    assert "3 of 21 runs, about 72 s left" in terminal.getvalue()

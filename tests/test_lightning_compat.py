@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytorch_lightning
 
 from lightning_quantdebug import lightning_compat as compat
 from lightning_quantdebug.errors import EvaluationError
-from tests.torture import NAMESPACES, lightning, loader, simple_class, trainer
+from tests.torture import NAMESPACES, calling, lightning, loader, simple_class, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -164,3 +165,17 @@ def test_whether_a_fit_begins_with_a_sanity_check(tmp_path: Any, ckpt_path: Any,
     running = trainer(tmp_path, callbacks=[Asks()], num_sanity_val_steps=steps, max_steps=1)
     running.fit(simple_class()(), loader(), loader())
     assert answers == [expected]
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_the_live_display_of_rich_is_found_while_it_is_open(tmp_path: Any, namespace: str) -> None:
+    found: list[bool] = []
+    bar = importlib.import_module(f"{namespace}.callbacks").RichProgressBar()
+    look = calling(
+        namespace, on_validation_end=lambda running, _: found.append(compat.live_progress(running) is not None)
+    )
+    running = trainer(tmp_path, namespace, callbacks=[look, bar], enable_progress_bar=True)
+    running.validate(simple_class(namespace)(), loader(), verbose=False)
+    assert found == [True]
+    assert compat.live_progress(running) is None
+    assert compat.live_progress(trainer(tmp_path, namespace)) is None
