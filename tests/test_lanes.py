@@ -181,6 +181,29 @@ def test_limits_and_seeds_are_those_of_the_evaluator(tmp_path: Any) -> None:
     in_validation(module, loader(shuffle=True), action, tmp_path)
 
 
+class Drawing(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Samples with random noise, from the generator that the user's hooks draw from too."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, label = loader().dataset[index]
+        return inputs + 0.1 * torch.randn(8), label
+
+
+def test_random_data_is_that_of_a_pass_of_its_own(tmp_path: Any) -> None:
+    module = Gathering()
+
+    def action(running: Any) -> None:
+        table = Table(module)
+        found = Evaluator(running, module, "loss").run_lanes(table, table.around)
+        for lane, evaluation in found.items():
+            assert_equal(evaluation, plain(running, module, "loss", lane))
+
+    in_validation(module, DataLoader(Drawing(), 8), action, tmp_path)
+
+
 def test_a_batch_is_transferred_once(tmp_path: Any) -> None:
     seen: dict[int, list[Tensor]] = {}
 

@@ -230,3 +230,23 @@ def test_an_exception_restores_too() -> None:
     with pytest.raises(KeyboardInterrupt):
         fail_inside(values)
     assert values == [1]
+
+
+def test_layers_of_torch_in_eval_mode_are_left_out_where_that_is_asked_for() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.eager, self.quiet = nn.BatchNorm1d(3), nn.BatchNorm1d(3).eval()
+            self.register_buffer("seen", torch.zeros(2))
+            self.inner = nn.Sequential(nn.Linear(3, 3))
+            self.inner[0].eval()
+
+    module = Own()
+    snapshot = StateSnapshot(module, passive=True)
+    assert snapshot.num_bytes == sum(buffer.nbytes for buffer in module.eager.buffers()) + module.seen.nbytes
+    module.eager(torch.randn(4, 3))
+    module.seen += 1.0
+    snapshot.restore()
+    assert module.eager.running_mean.tolist() == [0.0] * 3
+    assert module.seen.tolist() == [0.0] * 2
+    assert StateSnapshot(module).num_bytes > snapshot.num_bytes

@@ -105,7 +105,22 @@ class Writing(nn.Module):
         out[:, :6] = z
         out[:, 6:] = self.c(y.relu_())
         z.add_(1.0)
-        return out + torch.cat([z, y], 1)
+        # What was written into `y` shows in its view as well.
+        return out + torch.cat([z, y], 1) + half.mean()
+
+
+class Viewed(nn.Module):
+    """Writes into a result of which it holds a view, and goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        half = y[:, :3]
+        y += x
+        return self.c(torch.tanh(self.b(y))) + half.mean()
 
 
 class Transposed(nn.Module):
@@ -148,7 +163,7 @@ class Outside(nn.Module):
         return self.b(torch.from_numpy(array.copy())) + y
 
 
-@pytest.mark.parametrize("network", [Writing, Transposed, Random, Outside])
+@pytest.mark.parametrize("network", [Writing, Viewed, Transposed, Random, Outside])
 @pytest.mark.parametrize("switch", [only, all_but])
 def test_networks_that_write_read_and_draw_replay_bit_for_bit(
     network: type[nn.Module], switch: Callable[[Instrumentation, str], None]
@@ -204,6 +219,20 @@ def test_only_what_stands_behind_the_switched_quantizer_is_computed() -> None:
                 counts[name] = list(calls)
     # A quantizer on a result needs no operation to be run but those behind it.
     assert counts == {"0.weight": ["0", "2", "4", "6"], "4.weight": ["4", "6"], "3": ["4", "6"], "7": []}
+
+
+def test_what_is_computed_anew_from_recorded_inputs_counts_as_recorded() -> None:
+    """Only what is written into, its view, the writing itself, and what reads the view are computed again."""
+    torch.manual_seed(0)
+    model, batch, memo = Viewed().eval(), torch.randn(5, 6), Memo()
+    with torch.no_grad(), instrument(model, batch) as q:
+        q.calibrate([batch])
+        q.set_mode("bypass")
+        with q.memoized(memo, record=True):
+            model(batch)
+        with q.memoized(memo):
+            model(batch)
+    assert (memo.computed, memo.reused) == (5, 3)
 
 
 def test_a_quantized_result_leaves_the_recorded_one_alone() -> None:

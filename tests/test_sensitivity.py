@@ -328,3 +328,57 @@ def test_divergence_ranks_classes() -> None:
             assert found.damage == pytest.approx(found.kl)
 
     analysed(Classifier(net, batches), action, "acc", mode="max")
+
+
+class Heads(nn.Module):
+    """Two heads whose results are returned in a container, or only as a loss."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.boxes, self.logits = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 3)
+        self.kind = kind
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        z = torch.relu(self.body(x))
+        boxes, logits = self.boxes(z), self.logits(z)
+        if self.kind == "loss":
+            return nn.functional.cross_entropy(logits, y)
+        if self.kind == "tuple":
+            return boxes, logits
+        return {"boxes": boxes, "logits": logits} if self.kind == "dict" else zoo.BertOutput(logits, (boxes,))
+
+
+class HeadsModule(Judged):
+    """Judges each kind of output by what is in it."""
+
+    def score_of(self, output: Any) -> Tensor:
+        if isinstance(output, Tensor):
+            return output
+        if isinstance(output, tuple):
+            boxes, logits = output
+        elif isinstance(output, dict):
+            boxes, logits = output["boxes"], output["logits"]
+        else:
+            boxes, logits = output.hidden[0], output.logits
+        return boxes.square().mean() - logits.softmax(1).max(1).values.mean()
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict", "dataclass", "loss"])
+def test_outputs_of_every_form_are_analysed(kind: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        (torch.randn(8, 6, generator=generator), torch.randint(0, 3, (8,), generator=generator)) for _ in range(3)
+    ]
+
+    def action(sensitivities: Sensitivities, bench: Bench) -> None:
+        sensitivities.dry_run()
+        table = sensitivities.exhaust()
+        for quantizer, found in table.alone.items():
+            assert_is(found, alone(bench, quantizer), bench.reference, bench)
+            assert found.kl is not None
+            assert found.samples == 24
+        assert table.alone["net.logits.weight"].kl > 0
+        assert len(table.alone) >= 6
+
+    analysed(HeadsModule(Heads(kind), batches), action)
