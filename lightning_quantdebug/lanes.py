@@ -89,22 +89,19 @@ class Lanes:
         """
         if self._start is None:
             self._start = self._snapshot()
-        versions, before, after = _versions(batch), RandomState(), None
+        versions, before = _versions(batch), RandomState()
         with compat.transferred_once(self._loop.trainer):
             for lane in self._schedule.lanes():
                 self._current = self.recorders.setdefault(lane, self._new_recorder())
                 self._states.get(lane, self._start).restore()
+                # Each lane draws the numbers that the first one draws, and the loaders go on behind them.
                 before.restore()
                 self._schedule.enter(lane)
                 evaluate()
-                # The random numbers of the loaders go on as if there were the first lane alone.
-                after = after or RandomState()
                 self._current.end_batch(batch)
                 self._schedule.left(lane)
                 self._states[lane] = self._snapshot()
                 self._check(lane, versions != _versions(batch))
-        if after is not None:
-            after.restore()
 
     def store(self, store_outputs: Callable[[], None]) -> None:
         """Let every lane end a loader."""

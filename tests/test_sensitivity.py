@@ -16,6 +16,7 @@ from lightning_quantdebug.evaluation import Evaluation
 from lightning_quantdebug.measurement import Measurement
 from lightning_quantdebug.noise import sqnr_db
 from lightning_quantdebug.paired_loss import loss_interval
+from lightning_quantdebug.quantizer_analysis import _kept as kept_tensors
 from lightning_quantdebug.sensitivity import Bench, Sensitivities, Table
 from lightning_quantdebug.target import Mode
 from tests import zoo
@@ -382,3 +383,22 @@ def test_outputs_of_every_form_are_analysed(kind: str) -> None:
         assert len(table.alone) >= 6
 
     analysed(HeadsModule(Heads(kind), batches), action)
+
+
+def test_tensors_of_the_first_batch_are_looked_at_without_a_run_of_their_own() -> None:
+    seen: dict[str, int] = {}
+
+    def action(sensitivities: Sensitivities, bench: Bench) -> None:
+        def keep(name: str, x: Tensor) -> None:
+            seen[name] = seen.get(name, 0) + 1
+
+        bench.visit = lambda: kept_tensors(bench.session, keep)
+        runs: list[int] = []
+        bench.progress = lambda done, total: runs.append(done)
+        sensitivities.exhaust()
+        assert len(runs) == (len(sensitivities._order) + 2) * 3
+        assert set(seen) == {quantizer.name for quantizer in bench.session.select(kind="activation")}
+        assert all(quantizer.probe is None for quantizer in bench.session.quantizers.values())
+
+    analysed(module_of("mobilenet"), action)
+    assert set(seen.values()) == {1}
