@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quantdebug import lanes
+from lightning_quantdebug import lanes, sensitivity
 from lightning_quantdebug.errors import EvaluationError
 from lightning_quantdebug.evaluation import Evaluation
 from lightning_quantdebug.measurement import Measurement
@@ -162,6 +163,16 @@ def test_what_validation_hides_from_lanes_is_noticed() -> None:
     assert "(hoarded came out differently)" in table.way
 
 
+def test_fp32_that_comes_out_otherwise_in_a_shared_pass_is_noticed() -> None:
+    def action(sensitivities: Sensitivities, bench: Bench) -> Table:
+        metrics = {**bench.reference.metrics, "loss": bench.reference.metrics["loss"] * 1.001}
+        bench.reference = replace(bench.reference, metrics=metrics)
+        return sensitivities.exhaust()
+
+    table = analysed(module_of("reused"), action)
+    assert "comes out differently in a pass that several runs share (loss came out differently)" in table.way
+
+
 def test_the_race_finds_the_worst_and_measures_them_in_full() -> None:
     """Many batches, so that there are rounds; the ten worst of the whole table are exact in the race's."""
     net, _ = zoo.make("mobilenet")
@@ -185,6 +196,20 @@ def test_the_race_finds_the_worst_and_measures_them_in_full() -> None:
     assert len(early) >= 5
     assert {one.samples for one in early} <= {64, 256}
     assert raced.left_out == ()
+
+
+def test_a_quantizer_that_the_score_speaks_against_stays_in_the_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if its output did not: nobody is among the worst here."""
+    net, _ = zoo.make("mobilenet")
+    torch.manual_seed(1)
+    module = Judged(net, [torch.randn(8, 3, 16, 16) for _ in range(40)])
+    monkeypatch.setattr(sensitivity, "contenders", lambda bars: [])
+    table = analysed(module, lambda sensitivities, bench: sensitivities.race())
+    whole = [one for one in table.alone.values() if one.whole]
+    assert 0 < len(whole) < len(table.alone)
+    early = [one for one in table.alone.values() if not one.whole and one.interval is not None]
+    assert early
+    assert all(one.interval[0] <= 0 for one in early)
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
