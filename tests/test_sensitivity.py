@@ -296,6 +296,16 @@ def test_a_score_that_says_nothing_is_refused_before_the_long_run() -> None:
         analysed(module, lambda sensitivities, bench: sensitivities.dry_run())
 
 
+def test_a_score_that_does_not_see_the_sign_is_no_constant() -> None:
+    class Squared(Judged):
+        def score_of(self, output: Any) -> Tensor:
+            return output.square().mean()
+
+    net, _ = zoo.make("resnet")
+    module = Squared(net, [torch.randn(2, 3, 16, 16) for _ in range(3)])
+    assert analysed(module, lambda sensitivities, bench: sensitivities.dry_run()).batches == 3
+
+
 def test_a_quantizer_that_makes_the_score_no_number_is_the_worst() -> None:
     class Logarithm(nn.Module):
         def __init__(self) -> None:
