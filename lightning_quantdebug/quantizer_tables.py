@@ -30,23 +30,23 @@ def sensitivity_table(rows: Sequence[Sensitivity]) -> str:
     Examples:
         >>> row = Sensitivity("conv", "activation", 8, 0.9, 0.03, (0.01, 0.05), 31.5, "exact", 0.2, 512, guilty=True)
         >>> print(sensitivity_table([row]).splitlines()[2])
-        | `conv` | 8 | 31.5 | 0.2 | 0.03 | [0.01, 0.05] | - | guilty | - | exact, 512 |
+        | `conv` | 8 | 31.5 | 0.2 | 0.03 [0.01, 0.05] | guilty | - | - | exact 512 |
     """
     with_off = any(row.loss_when_off is not None for row in rows)
-    header = ["quantizer", "bits", "output SQNR, dB", "divergence", "loss of score", "95 % interval"]
-    header += ["loss with only this off"] if with_off else []
-    header += ["loss of the task (estimate)", "score", "what would help the tensor", "how, samples"]
+    header = ["quantizer", "bits", "SQNR, dB", "KL, nats", "loss of score [95 %]", "so it is"]
+    header += ["loss if only this is off"] if with_off else []
+    header += ["task loss, estimate", "what helps the tensor", "samples"]
     return table(header, [_row(row, with_off) for row in rows])
 
 
 def _row(row: Sensitivity, with_off: bool) -> list[str]:
     """The cells of one quantizer."""
+    ends = "" if row.interval is None else f" [{number(row.interval[0], 2)}, {number(row.interval[1], 2)}]"
     cells = [code(row.quantizer), str(row.bit_width), _decibels(row.sqnr_db), number(row.kl, 3)]
-    cells += [number(row.loss), interval_text(row.interval)]
-    cells += [number(row.loss_when_off)] if with_off else []
-    samples = "" if row.samples is None else f", {row.samples}"
-    how = escape(f"{row.method}{samples}")
-    return [*cells, number(row.task_loss, 3), _judgement(row), helps(row.counterfactuals), how]
+    cells += [f"{number(row.loss, 2)}{ends}", _judgement(row)]
+    cells += [number(row.loss_when_off, 2)] if with_off else []
+    samples = "" if row.samples is None else f" {row.samples}"
+    return [*cells, number(row.task_loss, 2), helps(row.counterfactuals), escape(f"{row.method}{samples}")]
 
 
 def _decibels(value: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_quantdebug import quantizer_symptoms
+from lightning_quantdebug.activation_symptoms import ActivationSymptoms
 from lightning_quantdebug.instrument import batch_runs, instrument
 from lightning_quantdebug.quantizer import Quantizer
-from lightning_quantdebug.quantizer_causes import quantizer_causes
+from lightning_quantdebug.quantizer_causes import _token, quantizer_causes
 from lightning_quantdebug.quantizer_symptoms import Seen, seen_in_validation
 from lightning_quantdebug.report import Cause, Finding
 from lightning_quantdebug.target import Kind, Mode, QuantSpec
@@ -107,6 +109,18 @@ def test_a_channel_that_carries_the_range_is_told_from_a_token() -> None:
     assert (found.cause, found.quantizer) == (Cause.OUTLIER_CHANNEL, "relu")
     assert "channel 5 of 16" in found.evidence
     assert "kurtosis" in found.evidence
+
+
+def test_of_a_token_and_a_channel_the_one_that_costs_more_is_named() -> None:
+    seen = Seen(low=torch.zeros(12), high=torch.cat([torch.full((1,), 30.0), torch.ones(11)]))
+    assert seen.outlier_tokens == ((0,), pytest.approx(20 * math.log10(30.0)))
+    known = ActivationSymptoms("q", 8, 0.5, observed=(0.0, 30.0))
+    named = [
+        _token(replace(known, outlier_gain=gain, is_output=last), seen)
+        for gain, last in ((40, False), (20, False), (20, True))
+    ]
+    assert [finding is not None for finding in named] == [False, True, False]
+    assert _token(known, Seen(low=torch.zeros(1), high=torch.ones(1))) is None
 
 
 def test_rare_values_that_carry_the_range() -> None:

@@ -73,7 +73,9 @@ def test_a_report_is_written_as_scalars_and_pages(tmp_path: Path) -> None:
         for word, value in zip(("score", "loss"), values, strict=True)
     }
     assert text(read, "quantdebug/report").startswith("# Quantization: not accepted")
-    assert "| `conv` | 8 | 31.5 | 0.25 | 0.03 | [0.01, 0.05] | 0.4 |" in text(read, "quantdebug/table_of_quantizers")
+    assert "| `conv` | 8 | 31.5 | 0.25 | 0.03 [0.01, 0.05] | guilty | 0.4 |" in text(
+        read, "quantdebug/table_of_quantizers"
+    )
     ranges = text(read, "quantdebug/table_of_ranges")
     assert "| `conv` | 8 asymmetric | per tensor | [0, 6] | [0, 6] | 0.02353 | 0 |" in ranges
     assert "| `conv.weight` | 8 symmetric | per channel (16) | [-1, 0.5] | [-1, 0.99] | 0.0078 | 0 |" in ranges
