@@ -176,6 +176,7 @@ def test_samples_are_bounded_and_keep_channels_whole(monkeypatch: pytest.MonkeyP
         assert few.of("1").shape == (4, 16)
         columns = {tuple(column.tolist()) for column in whole.T}
         assert all(tuple(column.tolist()) in columns for column in few.of("1").T)
+        assert not torch.equal(few.of("1"), whole[:, :16])
         few.keep("3", torch.tensor(2.0))
         assert few.of("3").tolist() == [[2.0]]
         few.keep("input", torch.ones(3, dtype=torch.long))

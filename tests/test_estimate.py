@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from lightning_quantdebug.errors import EstimateError
-from lightning_quantdebug.estimate import Estimate, Estimator, batch_axis, fisher_vector
+from lightning_quantdebug.estimate import Estimate, Estimator, _Probed, batch_axis, fisher_vector
 from lightning_quantdebug.instrument import Instrumentation, instrument
 from lightning_quantdebug.model_loan import call_with
 from lightning_quantdebug.network_outputs import Output
@@ -214,6 +214,16 @@ def test_batch_axes() -> None:
     assert batch_axis((7, 4), 4) is None
     assert batch_axis((4, 4, 2), 4) == 0
     assert batch_axis((4, 4, 2, 2), 4, sequence_first=True) == 0
+    assert batch_axis((4, 4, 2), 4, sequence_first=True) is None
+    assert batch_axis((8, 2), 4, sequence_first=True) is None
+
+
+def test_places_of_one_quantizer_are_added_before_they_are_squared() -> None:
+    probed = _Probed({}, sequence_first=False)
+    parts = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])]
+    assert probed._added("q", parts).tolist() == [4.0, 1.0]
+    probed._is_summed.add("q")
+    assert probed._added("q", [*parts, torch.tensor([0.5])]).tolist() == [5.5]
     assert batch_axis((0, 3), 4) is None
 
 

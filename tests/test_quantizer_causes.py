@@ -217,6 +217,9 @@ def test_sums_do_not_depend_on_how_values_are_cut() -> None:
     assert whole.count == len(values) == 12 * 5 * 7 - 1
     assert whole.clipping == pytest.approx(float(errors.square().sum()))
     assert whole.noise == pytest.approx(float((quantizer(values.float()).double() - values).square().sum()))
+    new = (values < quantizer.observer.range_min) | (values > quantizer.observer.range_max)
+    assert bool((values[new] < 0).any() and (values[new] > 0).any())
+    assert whole.unseen_clipping == pytest.approx(float(errors[new].square().sum()))
     assert whole.outside == int((errors.abs() > scale / 2).sum())
     assert whole.relative_rmse(scale) == pytest.approx(math.sqrt(whole.noise / whole.count) / scale)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -340,6 +341,41 @@ def test_a_learned_rounding_is_given_up_for_more_bits_and_comes_back_with_the_ol
         assert layer.quantizer.frozen
 
     analysed(module_of(trained, 128), action, "acc", mode="max", target="w3a8")
+
+
+def test_what_does_not_help_is_undone_bit_for_bit(trained: Any) -> None:
+    """Every measurement after the first one is bad: nothing is kept, and nothing is left of it."""
+    from lightning_quantdebug.calibration import CalibrationRuns
+    from lightning_quantdebug.quantizer_repair import QuantizerRepair, RepairBench
+    from lightning_quantdebug.side_by_side import Measured, OutputCache, one_by_one
+    from lightning_quantdebug.target import Mode
+
+    def action(_: Sensitivities, bench: Bench) -> None:
+        session, evaluator = bench.session, bench.evaluator
+        cache = OutputCache(session, lambda: session.modes(Mode.BYPASS))
+        measured: list[Measured] = []
+
+        def measure() -> Measured:
+            found = one_by_one(evaluator, cache, lambda: session.modes(Mode.QUANTIZE))
+            if measured:
+                batches = tuple(replace(batch, value=0.0) for batch in found.evaluation.batches or ())
+                found = replace(found, evaluation=replace(found.evaluation, score=0.0, batches=batches))
+            measured.append(found)
+            return found
+
+        rows = analyse(bench, 0.01).rows
+        runs = CalibrationRuns(session, evaluator, None, 4)
+        before = {name: (q.spec, q.encoding, q.frozen) for name, q in session.quantizers.items()}
+        repair = QuantizerRepair(RepairBench(session, runs, measure, bench.settings, bench.reference), rows)
+        report = repair.walk(Report())
+        assert len(measured) == len(repair.points) > 5
+        assert not kept_in(report)
+        assert {remedy.reason for remedy in report.remedies} == {"the score fell beyond noise"}
+        assert {name: (q.spec, q.encoding, q.frozen) for name, q in session.quantizers.items()} == before
+        assert repair.now is measured[0]
+        assert repair.details()["changed"] == {}
+
+    analysed(module_of(trained, 256, column=80.0), action, "acc", mode="max", target="w3a3_per_tensor", tolerance=0.0)
 
 
 def test_time_that_runs_out_leaves_the_best_so_far(trained: Any) -> None:
