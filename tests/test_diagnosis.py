@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,8 @@ def test_a_model_that_really_fails(trained: nn.Module) -> None:
         ("quantize_model", "failed"),
         ("qat", "not_run"),
     ]
+    single = step_of(report, StepName.PER_QUANTIZER)
+    assert re.search(r"the worst are net\.\d\.weight, net\.\d\.weight, 9\d% of all damage", single.advice)
     whole = step_of(report, StepName.QUANTIZE_MODEL)
     assert whole.advice == (
         "The loss exceeds the tolerance; it comes from weights. The next cheapest thing to try: more weight bits, or "
