@@ -308,13 +308,13 @@ class _Probed:
 
     def _take(self, name: str, gradient: Tensor, error: Tensor) -> None:
         """Add the inner product of one tensor, sample by sample where that can be told."""
-        product = gradient.float() * error.float()
-        axis = batch_axis(product.shape, self.samples, self._sequence_first)
+        axis = batch_axis(gradient.shape, self.samples, self._sequence_first)
         if axis is None:
             self._is_summed.add(name)
-            self._values[name].append(product.sum().reshape(1))
-        else:
-            self._values[name].append(product.movedim(axis, 0).reshape(self.samples, -1).sum(1))
+        rows = 1 if axis is None else self.samples
+        g, e = (x.float().movedim(axis or 0, 0).reshape(rows, 1, -1) for x in (gradient, error))
+        # One product of matrices a sample: nothing as large as the tensor is made.
+        self._values[name].append(torch.bmm(g, e.transpose(1, 2)).reshape(rows))
 
     # Backward.
 
