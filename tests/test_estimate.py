@@ -14,7 +14,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from lightning_quantdebug.errors import EstimateError
-from lightning_quantdebug.estimate import Estimate, Estimator, _Probed, batch_axis, fisher_vector
+from lightning_quantdebug.estimate import Estimate, Estimator, fisher_vector
+from lightning_quantdebug.gradient_probes import Probed, batch_axis
 from lightning_quantdebug.instrument import Instrumentation, instrument
 from lightning_quantdebug.model_loan import call_with
 from lightning_quantdebug.network_outputs import Output
@@ -219,7 +220,7 @@ def test_batch_axes() -> None:
 
 
 def test_places_of_one_quantizer_are_added_before_they_are_squared() -> None:
-    probed = _Probed({}, sequence_first=False)
+    probed = Probed({}, sequence_first=False)
     parts = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])]
     assert probed._added("q", parts).tolist() == [4.0, 1.0]
     probed._is_summed.add("q")
