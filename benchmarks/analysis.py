@@ -128,9 +128,6 @@ def costs(net: nn.Module, x: Tensor, y: Tensor, batch: int, every: int, target: 
         of_naive, _ = seconds(naive)
         of_exact, _ = seconds(lambda: Sensitivities(bench, names).exhaust())
         of_estimate, (found, why_not) = seconds(lambda: estimated(bench))
-        order = sorted(names, key=lambda name: -(found[name].kl or 0.0)) if found else names
-        bench.store = AnalysisStore(None, "")
-        of_race, raced = seconds(lambda: Sensitivities(bench, order).race())
         after, _ = seconds(evaluator.run)
         fp32 = (before + after) / 2
         count = len(names)
@@ -148,8 +145,6 @@ def costs(net: nn.Module, x: Tensor, y: Tensor, batch: int, every: int, target: 
             "estimate_samples": estimate_samples,
             "estimate_of_128_over_fp32_of_1000": of_estimate * 128 / estimate_samples / (fp32 * 1000 / len(y)),
             "no_estimate": why_not,
-            "race_evaluations": of_race / fp32,
-            "race_measured_in_full": sum(one.whole for one in raced.alone.values()),
         }
 
     result: dict[str, Any] = in_validation(net, x, y, batch, action)
@@ -321,11 +316,12 @@ def main() -> None:
         figures[name] = costs(NETWORKS[name]().eval(), x, y, arguments.batch, arguments.every)
         figures[name]["memory"] = memory(name, arguments.batch, arguments.size)
         print(name, json.dumps(figures[name], indent=1), flush=True)
-    figures["mobilenet_v2 race"] = races(MobileNetV2().eval(), images(192, 96), torch.randint(0, 10, (192,)), 8)
+    figures["mobilenet_v2 race"] = races(MobileNetV2().eval(), images(512, 96), torch.randint(0, 10, (512,)), 16)
     print("mobilenet_v2 race", json.dumps(figures["mobilenet_v2 race"], indent=1), flush=True)
     if not arguments.without_ranking:
         data = load_images()
         net = train(data)
+        figures["cifar10 race"] = races(net, data.x_test, data.y_test, 25)
         figures["cifar10"] = costs(net, data.x_test[:1000], data.y_test[:1000], 50, 1)
         print("cifar10", json.dumps(figures["cifar10"], indent=1), flush=True)
         for target in ("int8", "int8_per_tensor", "w4a4", "w4a4_per_tensor"):
