@@ -191,9 +191,9 @@ def _multiplied(operation: Operation) -> list[_Multiplied]:
     ``None`` stands for what is computed inside the operation.
     """
     floating = [(slot, value) for slot, value in operation.inputs if value.floating]
-    if operation.op == "einsum":
-        count = _of_einsum(str(operation.arguments.get("args", "")), [value.shape for _, value in floating])
-        return [(count, tuple(floating[:2]))] if len(floating) > 1 else []
+    equation = str(operation.arguments.get("args", ""))
+    if operation.op == "einsum" and "," in equation:
+        return [(_of_einsum(equation, [value.shape for _, value in floating]), tuple(floating[:2]))]
     matrices = [(slot, value) for slot, value in floating if len(value.shape) > 1]
     if operation.op in ("addmm", "addbmm", "baddbmm"):
         # The first argument is added.
@@ -233,4 +233,4 @@ def _of_einsum(equation: str, shapes: Sequence[tuple[int, ...]]) -> float:
         hidden = [f"...{number}" for number in range(len(shape) - len(head) - len(tail), 0, -1)]
         for name, size in zip([*head, *hidden, *tail], shape, strict=True):
             sizes[name] = max(size, sizes.get(name, 1))
-    return float(math.prod(sizes.values())) if sizes else 0.0
+    return float(math.prod(sizes.values()))
