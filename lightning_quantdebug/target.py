@@ -247,7 +247,7 @@ class QuantTarget:
             ((8, 16), (16,), ())
         """
         given = self.weight_bit_widths if kind is Kind.WEIGHT else self.activation_bit_widths
-        return tuple(sorted(width for width in (_USUAL_WIDTHS if given is None else given) if width > bit_width))
+        return tuple(sorted({width for width in (_USUAL_WIDTHS if given is None else given) if width > bit_width}))
 
     def spec(self, kind: Kind) -> QuantSpec:
         """The grid of weights or of activations."""

@@ -209,3 +209,35 @@ def test_a_wrong_granularity_lists_the_right_ones() -> None:
         QuantTarget.from_value({"finest_granularity": "per_row"})
     with pytest.raises(SettingsError, match=r"`granularity` must be one of \['per_tensor', .*got 'per_row'"):
         QuantTarget.from_value("int8").allows("per_row")
+
+
+@pytest.mark.parametrize(
+    ("value", "weights", "activations"),
+    [
+        ("int8", (16,), (16,)),
+        ("w4a4", (8, 16), (8, 16)),
+        ("w16a16", (), ()),
+        ("onnxruntime", (16,), (16,)),
+        ("qnn", (16,), (16,)),
+        # TensorRT has no 16-bit integers; LiteRT has them for activations alone (its 16x8 mode).
+        ("tensorrt", (), ()),
+        ("xnnpack", (), (16,)),
+        ({"preset": "xnnpack", "weights": {"bit_width": 4}}, (8,), (16,)),
+        ({"weight_bit_widths": [16, 12, 8, 12], "activation_bit_widths": []}, (12, 16), ()),
+    ],
+)
+def test_single_quantizers_may_be_raised_to_what_the_engine_has(
+    value: Any, weights: tuple[int, ...], activations: tuple[int, ...]
+) -> None:
+    target = QuantTarget.from_value(value)
+    for one in (target, QuantTarget.from_value(json.loads(json.dumps(target.to_dict())))):
+        assert one.wider(Kind.WEIGHT, one.weights.bit_width) == weights
+        assert one.wider(Kind.ACTIVATION, one.activations.bit_width) == activations
+        assert one == target
+
+
+@pytest.mark.parametrize("name", ["weight_bit_widths", "activation_bit_widths"])
+@pytest.mark.parametrize("widths", [[8, 32], [1], "16", [8.0], [True], [None], {"8": 1}])
+def test_bit_widths_that_no_engine_has_are_refused(name: str, widths: Any) -> None:
+    with pytest.raises(SettingsError, match=rf"`{name}` must be a list of integers from 2 to 16, got "):
+        QuantTarget.from_value({name: widths})
