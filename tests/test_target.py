@@ -1,5 +1,6 @@
 """What a model is quantized to: specs, presets, and what they refuse."""
 
+import json
 from typing import Any
 
 import pytest
