@@ -255,6 +255,7 @@ class QuantDebug(CallbackBase):
                 progress.expect,
                 progress.runs,
                 directory,
+                progress.tell,
             )
             try:
                 with best_weights(trainer, pl_module, self.settings.restore_best):

@@ -158,6 +158,10 @@ class _LiveBar:
         """Count evaluations that are done."""
         self._live.update(self._task, advance=evaluations)
 
+    def write(self, text: str, file: TextIO) -> None:
+        """Print a line that stays above the bars."""
+        self._live.console.print(text, markup=False, highlight=False)
+
     def refresh(self) -> None:
         """Show another total."""
         self._live.update(self._task, total=self.total)
@@ -235,6 +239,13 @@ class Progress:
             self._bar.set_description(f"quantdebug {step}")
         elif self._speaks:
             self._say()
+
+    def tell(self, text: str) -> None:
+        """Print a line that stays."""
+        if self._bar is not None:
+            self._bar.write(f"quantdebug: {text}", file=self._stream)
+        elif self._speaks:
+            print(f"quantdebug: {text}", file=self._stream, flush=True)
 
     def expect(self, evaluations: int) -> None:
         """Count on evaluations that were not foreseen when the bar was opened."""

@@ -79,6 +79,7 @@ class Diagnosis:
         expect: Called with the number of evaluations that turn out to be needed as well.
         progress: Called with the number of runs of a batch that are done and of those that there will be.
         directory: Where a killed analysis leaves what it has measured; ``None``: nowhere.
+        tell: Called with what the user shall be able to read afterwards too.
 
     Attributes:
         report: What is known so far; of use also after an exception.
@@ -96,6 +97,7 @@ class Diagnosis:
         expect: Callable[[int], None] = lambda evaluations: None,
         progress: Callable[[int, int], None] = lambda done, total: None,
         directory: Path | None = None,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Nothing runs yet."""
         self.evaluator = evaluator
@@ -107,6 +109,7 @@ class Diagnosis:
         self.expect = expect
         self.progress = progress
         self.directory = directory
+        self.tell = tell
         self.root: torch.nn.Module = evaluator.pl_module
         self.report = Report(settings=settings.to_dict(), environment=environment(self.root, evaluator.seed))
         self.session: Instrumentation | None = None
@@ -359,6 +362,7 @@ class Diagnosis:
             directory=self.directory,
             is_late=lambda: self._is_late(self._started),
             describe=self.describe,
+            tell=self.tell,
             advance=self.advance,
         )
 

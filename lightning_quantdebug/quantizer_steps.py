@@ -40,6 +40,7 @@ class QuantizerWork:
         directory: Where a killed analysis leaves what it has measured; ``None``: nowhere.
         is_late: Whether the time budget is spent.
         describe: Told what happens, in words.
+        tell: Told what the user shall be able to read afterwards too.
         advance: Called after each evaluation.
     """
 
@@ -51,6 +52,7 @@ class QuantizerWork:
     directory: Path | None = None
     is_late: Callable[[], bool] = lambda: False
     describe: Callable[[str], None] = lambda text: None
+    tell: Callable[[str], None] = lambda text: None
     advance: Callable[[], None] = lambda: None
 
 
@@ -72,6 +74,7 @@ def per_quantizer(
         store,
         is_late=work.is_late,
         describe=work.describe,
+        tell=work.tell,
         progress=progress,
     )
     try:

@@ -66,6 +66,7 @@ class Bench:
         store: Keeps what was measured.
         is_late: Whether the time budget is spent.
         describe: Told what happens, in words.
+        tell: Told what the user shall be able to read afterwards too.
         progress: Told how many runs of a batch are done, and of how many.
         visit: Context for a run of FP32 on the first batch, to look at its tensors.
     """
@@ -77,6 +78,7 @@ class Bench:
     store: AnalysisStore
     is_late: Callable[[], bool] = lambda: False
     describe: Callable[[str], None] = lambda text: None
+    tell: Callable[[str], None] = lambda text: None
     progress: Callable[[int, int], None] = lambda done, total: None
     visit: Setting | None = None
 
@@ -171,7 +173,7 @@ class Sensitivities:
             return self.table.cost
         self._check_score(found.reference, found.found[_NEGATED].evaluation)
         self.table.cost = from_rank_zero(Cost(len(self._order), batches, *found.seconds))
-        bench.describe(self.table.cost.text)
+        bench.tell(self.table.cost.text)
         return self.table.cost
 
     def race(self) -> Table:
@@ -292,7 +294,7 @@ class Sensitivities:
     def _take_plain_way(self, error: LanesError) -> None:
         """Measure one quantizer after the other from now on."""
         self.table.way = f"each quantizer in a validation of its own, as {error}"
-        self._bench.describe(self.table.way)
+        self._bench.tell(self.table.way)
         self._plain = OutputCache(self._bench.session, self._fp32)
 
     def _ran(self) -> None:

@@ -125,6 +125,7 @@ def test_the_bar_is_drawn_on_lightnings_own_live_display() -> None:
             progress.expect(2)
             progress.runs(1, 10)
             progress.runs(5, 10)
+            progress.tell("a line [that] stays")
             (task,) = live.tasks
             assert (task.completed, task.total) == (1, 6)
             assert task.description.startswith("quantdebug weights")
@@ -144,7 +145,9 @@ def test_runs_of_a_group_are_told_with_the_time_that_is_left(monkeypatch: pytest
             now[0] += 4.0
             progress.runs(done, 21)
         progress.describe("causes")
+        progress.tell("predicted")
     lines = stream.getvalue().splitlines()
+    assert lines.pop() == "quantdebug: predicted"
     assert lines[0] == "quantdebug per_quantizer: 0 of 10 evaluations, 0 s"
     assert lines[1] == "quantdebug per_quantizer: 0 of 10 evaluations, 12 s, 3 of 21 runs, about 72 s left"
     assert lines[2] == "quantdebug per_quantizer: 0 of 10 evaluations, 24 s, 6 of 21 runs, about 60 s left"
@@ -154,4 +157,6 @@ def test_runs_of_a_group_are_told_with_the_time_that_is_left(monkeypatch: pytest
         for done in (1, 2, 3):
             now[0] += 4.0
             progress.runs(done, 21)
+        progress.tell("predicted")
+    assert "quantdebug: predicted\n" in terminal.getvalue()
     assert "3 of 21 runs, about 72 s left" in terminal.getvalue()

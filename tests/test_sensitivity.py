@@ -340,7 +340,7 @@ def test_the_dry_run_foretells_the_cost() -> None:
         assert cost.lane_seconds > 0
         assert cost.seconds(10, 2) == pytest.approx(10 * cost.lane_seconds + 6 * cost.recorded_seconds)
 
-    analysed(module_of("resnet"), action, bench_settings={"describe": told.append})
+    analysed(module_of("resnet"), action, bench_settings={"tell": told.append})
     assert "quantizers on 3 batches: all of them exactly would take about" in told[0]
 
 
