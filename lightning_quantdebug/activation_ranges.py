@@ -102,7 +102,7 @@ def set_activation_ranges(
         reason = _why_not(quantizer, chosen, found)
         if reason is None:
             before = quantizer.encoding
-            _set_range(quantizer, specs[quantizer.name], found[quantizer.name])
+            set_range(quantizer, specs[quantizer.name], found[quantizer.name])
             wider = _widening(before, quantizer.encoding)
             reason = _SAME if wider is None else None
             widths |= {} if wider is None else {quantizer.name: wider}
@@ -132,8 +132,14 @@ def _why_not(quantizer: Quantizer, method: RangeSetting, found: dict[str, _Range
 
 
 @torch.inference_mode(False)
-def _set_range(quantizer: Quantizer, spec: QuantSpec, ends: _Range | None) -> None:
-    """Give an activation a range setting, and where that is none of an observer its range as well."""
+def set_range(quantizer: Quantizer, spec: QuantSpec, ends: _Range | None) -> None:
+    """Give an activation a grid, and where its range is none of an observer that range as well, frozen.
+
+    Args:
+        quantizer: Of an activation.
+        spec: The grid.
+        ends: ``range_min`` and ``range_max``; ``None``: from what was observed.
+    """
     quantizer.respecify(spec, quantizer.channel_axis)
     if ends is not None:
         quantizer.encoding = encoding_from_range(*ends, spec)

@@ -56,7 +56,9 @@ def after_single_repairs(remedies: Sequence[Remedy], verdict: StepVerdict, detai
         return f"Repaired: {named}{more}. {price}."
     if verdict is StepVerdict.FAILED and remedies:
         blocking = ", ".join(details.get("blocking", ()))
-        return f"{len(remedies)} repairs of single quantizers did not suffice; the worst remain {blocking}. {price}."
+        what_next = f" The next cheapest thing to try: {details['next']}." if details.get("next") else ""
+        text = f"{len(remedies)} repairs of single quantizers did not suffice; the worst remain {blocking}. {price}."
+        return f"{text}{what_next}"
     return "There was nothing to try: no quantizer may have another range or more bits." if not remedies else price
 
 

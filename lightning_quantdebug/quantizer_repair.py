@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from lightning_quantdebug.activation_ranges import set_range
 from lightning_quantdebug.errors import CalibrationError
 from lightning_quantdebug.evaluation import Evaluation
 from lightning_quantdebug.flowchart import judge
@@ -28,9 +29,11 @@ from lightning_quantdebug.repair_plan import (
     SettingPoint,
     SingleTry,
     allowed_tries,
+    blocking,
     give_back,
     growing_groups,
     judge_single,
+    next_to_try,
     noise_gain,
     on_front,
     raising,
@@ -92,6 +95,7 @@ class QuantizerRepair:
         self._costs = CostModel(bench.session)
         self._split = Split.of(bench.reference)
         self._before_raise: dict[str, SessionState] = {}
+        self._repaired: set[str] = set()
         self.now = self._measured("as it is")
 
     # How it stands.
@@ -154,22 +158,23 @@ class QuantizerRepair:
         stages = []
         for row in self._rows[:MOST_SINGLES]:
             quantizer = bench.session.quantizers[row.quantizer]
-            widths = target.wider(quantizer.kind, quantizer.bit_width)
             finer = [g.value for g in Granularity if quantizer.kind is Kind.WEIGHT and target.allows(g)]
-            tries = single_tries(row, widths, finer)
+            tries = single_tries(row, self._wider(row.quantizer), finer)
             if quantizer.frozen:
                 tries = [item for item in tries if item.remedy == "bit_width"]
             stages.append(allowed_tries(tries, remedies))
-        for level in range(2):
-            wider = {}
-            for row in self._rows[MOST_SINGLES if level == 0 else 0 :]:
-                quantizer = bench.session.quantizers[row.quantizer]
-                widths = target.wider(quantizer.kind, quantizer.bit_width)
-                if len(widths) > level:
-                    wider[row.quantizer] = widths[level]
+        for level in range(max((len(self._wider(row.quantizer)) for row in self._rows), default=0)):
+            rows = self._rows[MOST_SINGLES if level == 0 else 0 :]
+            widths_of = {row.quantizer: self._wider(row.quantizer) for row in rows}
+            wider = {name: widths[level] for name, widths in widths_of.items() if len(widths) > level}
             tries = [raising({name: wider[name] for name in group}) for group in growing_groups(list(wider))]
             stages.append(allowed_tries(tries, remedies))
         return stages
+
+    def _wider(self, name: str) -> tuple[int, ...]:
+        """The bit-widths that a quantizer may be raised to from where it is, the narrowest first."""
+        quantizer = self._bench.session.quantizers[name]
+        return self._bench.session.target.wider(quantizer.kind, quantizer.bit_width)
 
     def _try(self, item: SingleTry) -> None:
         """Apply one remedy, measure, keep or undo it."""
@@ -191,6 +196,7 @@ class QuantizerRepair:
                 bench.session.restore(state)
         if kept and after is not None:
             self.now = after
+            self._repaired |= set(item.quantizers)
             if item.remedy == "bit_width":
                 self._before_raise |= {name: state for name in item.quantizers if name not in self._before_raise}
         self._note(item.remedy, item.title, before, after, kept, reason, gain, started)
@@ -256,6 +262,8 @@ class QuantizerRepair:
         def work(runs: Runs) -> str:
             if item.remedy == "granularity":
                 applied = refine(session, runs, Granularity(item.variant), item.quantizers)
+                for name in applied.changed:
+                    _forget_corrections(session, name)
                 return "" if applied.changed else "; ".join(reason for _, reason in applied.skipped[:1])
             quantizers = [session.quantizers[name] for name in item.quantizers]
             for quantizer in quantizers:
@@ -273,22 +281,47 @@ class QuantizerRepair:
 
     def _give_back(self) -> None:
         """Lower again what need not be raised, the least sensitive first; the loss stays within the tolerance."""
+        session = self._bench.session
         order = [row.quantizer for row in reversed(self._rows) if row.quantizer in self._before_raise]
-        give_back(order, self._can_lower)
 
-    def _can_lower(self, names: tuple[str, ...]) -> bool:
+        def put_back(names: tuple[str, ...]) -> None:
+            for name in names:
+                _lower(session, name, self._before_raise[name])
+
+        lowered = give_back(order, lambda names: self._can_lower(names, "", put_back))
+        left, level = [name for name in order if name not in lowered], 0
+        while between := {name: found[level] for name in left if len(found := self._between(name)) > level}:
+            self._narrow(between)
+            level += 1
+
+    def _narrow(self, widths: Mapping[str, int]) -> None:
+        """Lower to other bit-widths what may be lowered."""
+
+        def can_narrow(names: tuple[str, ...]) -> bool:
+            item = raising({name: widths[name] for name in names})
+            return self._can_lower(names, item.variant, lambda names: self._apply(item))
+
+        give_back(list(widths), can_narrow)
+
+    def _between(self, name: str) -> list[int]:
+        """The bit-widths between that which a raised quantizer had and that which it has, the narrowest first."""
+        quantizer = self._bench.session.quantizers[name]
+        before = self._before_raise[name].quantizers[name].spec
+        wider = self._bench.session.target.wider(quantizer.kind, before.bit_width)
+        return [width for width in wider if width < quantizer.bit_width]
+
+    def _can_lower(self, names: tuple[str, ...], to: str, lower: Callable[[tuple[str, ...]], object]) -> bool:
         """Lower some quantizers; keep that if the loss is still good."""
         bench, started = self._bench, time.monotonic()
-        if bench.is_late():
-            self.is_late = True
+        self.is_late = self.is_late or bench.is_late()
+        if self.is_late:
             return False
-        title = f"give back: {names[0] if len(names) == 1 else f'{len(names)} quantizers'}"
+        title = f"give back: {names[0] if len(names) == 1 else f'{len(names)} quantizers'}{to and f': {to}'}"
         bench.describe(f"{_STEP}: {title}")
         before, state = self.now, bench.session.state()
         kept = False
         try:
-            for name in names:
-                _lower(bench.session, name, self._before_raise[name])
+            lower(names)
             after = self._measured(title)
             kept = self._verdict_of(after) is StepVerdict.PASSED
         finally:
@@ -312,12 +345,15 @@ class QuantizerRepair:
         details: dict[str, Any] = {
             "changed": {name: text for name, q in session.quantizers.items() if (text := _change_of(session, q))},
             "cost": asdict(self._costs.cost()),
-            "cost_of_target": asdict(self._costs.cost(plain)),
-            "cost_of_next_width": asdict(self._costs.cost(wide)),
+            "cost_of_target": asdict(self._costs.cost(plain, as_placed=True)),
+            "cost_of_next_width": asdict(self._costs.cost(wide, as_placed=True)),
             "pareto": points,
         }
         if self.verdict is StepVerdict.FAILED:
-            details["blocking"] = [row.quantizer for row in self._rows[:MOST_SINGLES]]
+            remedies = self._bench.settings.remedies
+            can_raise = any(self._wider(row.quantizer) for row in self._rows)
+            details["blocking"] = blocking([row.quantizer for row in self._rows], self._repaired)
+            details["next"] = next_to_try(self.is_late, remedies is None or "bit_width" in remedies, can_raise)
         return details
 
 
@@ -330,6 +366,11 @@ def _respecify(session: Instrumentation, quantizer: Quantizer, item: SingleTry) 
     else:
         spec = replace(quantizer.spec, bit_width=item.widths[item.quantizers.index(quantizer.name)])
     _forget_corrections(session, quantizer.name)
+    chosen = quantizer.encoding if quantizer.frozen and quantizer.kind is Kind.ACTIVATION else None
+    if chosen is not None:
+        # No observer can give that range again.
+        set_range(quantizer, spec, (chosen.range_min, chosen.range_max))
+        return
     quantizer.respecify(spec, quantizer.channel_axis)
 
 

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from lightning_quantdebug.repair_plan import (
     SettingPoint,
     allowed_tries,
+    blocking,
     give_back,
     growing_groups,
     judge_single,
     noise_gain,
     on_front,
     raising,
+    refusals_allowed,
     single_tries,
 )
 from lightning_quantdebug.report import Sensitivity
@@ -82,21 +84,25 @@ def test_giving_back_never_leaves_the_tolerance_and_leaves_nothing_to_lower(
     costs = {str(number): draw.random() ** 4 for number in range(count)}
     names = sorted(costs, key=lambda name: costs[name])
     lowered: set[str] = set()
-    measured = 0
+    measured: list[frozenset[str]] = []
+    refused = 0
 
     def can_lower(group: tuple[str, ...]) -> bool:
-        nonlocal measured
-        measured += 1
-        if sum(costs[name] for name in lowered | set(group)) > tolerance:
+        nonlocal refused
+        measured.append(frozenset(lowered | set(group)))
+        if sum(costs[name] for name in measured[-1]) > tolerance:
+            refused += 1
             return False
         lowered.update(group)
         return True
 
     assert set(give_back(names, can_lower)) == lowered
     assert sum(costs[name] for name in lowered) <= tolerance
-    left = set(names) - lowered
-    assert all(sum(costs[n] for n in lowered) + costs[name] > tolerance for name in left)
-    assert measured <= 2 * count
+    assert len(set(measured)) == len(measured), "no setting is measured twice"
+    assert refused <= refusals_allowed(count)
+    if refused < refusals_allowed(count):
+        left = set(names) - lowered
+        assert all(sum(costs[n] for n in lowered) + costs[name] > tolerance for name in left)
 
 
 def test_halving_takes_few_measurements_where_few_are_needed() -> None:
@@ -108,8 +114,23 @@ def test_halving_takes_few_measurements_where_few_are_needed() -> None:
         return "127" not in group
 
     assert len(give_back([str(number) for number in range(128)], can_lower)) == 127
-    assert measured == 15
+    assert measured == 1 + 7
     assert give_back([], can_lower) == []
+
+
+@pytest.mark.parametrize(("count", "refusals"), [(1, 1), (2, 3), (8, 14), (9, 16), (256, 24)])
+def test_where_all_are_needed_few_refusals_are_enough_to_see_it(count: int, refusals: int) -> None:
+    seen: list[int] = []
+    assert give_back([str(number) for number in range(count)], lambda group: bool(seen.append(len(group)))) == []
+    assert len(seen) == refusals
+    assert seen[0] == count
+
+
+def test_what_nothing_has_helped_blocks_the_way() -> None:
+    names = [str(number) for number in range(9)]
+    assert blocking(names, {"1", "8"}) == ["0", "2", "3", "4", "5"]
+    assert blocking(names, set(names)) == ["0", "1", "2", "3", "4"]
+    assert blocking([], set()) == []
 
 
 BEYOND, WITHIN, BELOW = (0.1, 0.9), (-0.1, 0.9), (-0.9, -0.1)
