@@ -108,10 +108,10 @@ def test_remedies_on_any_data(name: str) -> None:
     module = Against(make().eval(), batches(), calibration() if calibration else None)
     report = walk(module, target=NARROW, tolerance=0.0, calibration="train")
     assert report.remedies
-    tried = {(item.remedy, item.variant) for item in report.remedies}
-    assert len(tried) == len(report.remedies)
-    for item in report.remedies:
-        assert item.kept or item.reason
+    of_boxes = [item for item in report.remedies if item.step != StepName.FIX_QUANTIZERS.value]
+    assert len({(item.remedy, item.variant) for item in of_boxes}) == len(of_boxes)
+    assert all(item.reason for item in report.remedies)
+    for item in of_boxes:
         assert item.kept is False or (item.gain is not None and item.gain > 0)
     assert report.step(StepName.QUANTIZE_MODEL) is not None
     if name == "NaN in calibration":
