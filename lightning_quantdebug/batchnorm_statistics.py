@@ -234,7 +234,7 @@ def batchnorm_ranges(session: Instrumentation, deviations: float = RANGE_DEVIATI
     Examples:
         >>> from torch import nn
         >>> from lightning_quantdebug.instrument import instrument
-        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, eps=0.0), nn.ReLU()).eval()
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, eps=1e-20), nn.ReLU()).eval()
         >>> with instrument(model, torch.randn(2, 1, 8, 8)) as q:
         ...     batchnorm_ranges(q)
         {'2': (0.0, 6.0)}

@@ -258,7 +258,11 @@ class QuantDebug(CallbackBase):
                 progress.tell,
             )
             try:
-                with best_weights(trainer, pl_module, self.settings.restore_best):
+                # Once for all passes: remedies hold tensors of the module from one pass to the next.
+                with (
+                    compat.module_on_device(trainer, pl_module),
+                    best_weights(trainer, pl_module, self.settings.restore_best),
+                ):
                     self.report = diagnosis.walk()
             # Raised again: these are all the ways in which a walk may end, Ctrl-C and SIGTERM among them.
             except (Exception, KeyboardInterrupt, SystemExit):

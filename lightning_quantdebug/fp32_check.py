@@ -294,7 +294,7 @@ class Fp32Check:
         one_sample = 1.5 / max(reference.evaluation.samples or 1, 1)
         noise = max(SCORE_NOISE * abs(fp32), one_sample if 0 <= fp32 <= 1 else 0.0) + reference.floor
         # In a coarser precision folding alone moves the score.
-        if self._float_noise > FLOAT_NOISE or abs(score - fp32) <= noise:
+        if abs(score - fp32) <= noise * self._float_noise / FLOAT_NOISE:
             return None
         return _broken(None, f"with every quantizer at 32 bits the score is {score:.6g}, in FP32 {fp32:.6g}")
 

@@ -89,8 +89,9 @@ class Lanes:
         """
         if self._start is None:
             self._start = self._snapshot()
-        versions, before = _versions(batch), RandomState()
-        with compat.transferred_once(self._loop.trainer):
+        transferred: list[tuple[Any, list[int]]] = []
+        before = RandomState()
+        with compat.transferred_once(self._loop.trainer, lambda moved: transferred.append((moved, _versions(moved)))):
             for lane in self._schedule.lanes():
                 self._current = self.recorders.setdefault(lane, self._new_recorder())
                 self._states.get(lane, self._start).restore()
@@ -101,7 +102,7 @@ class Lanes:
                 self._current.end_batch(batch)
                 self._schedule.left(lane)
                 self._states[lane] = self._snapshot()
-                self._check(lane, versions != _versions(batch))
+                self._check(lane, any(versions != _versions(moved) for moved, versions in transferred))
 
     def store(self, store_outputs: Callable[[], None]) -> None:
         """Let every lane end a loader."""

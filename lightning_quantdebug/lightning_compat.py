@@ -435,8 +435,8 @@ def batch_state(loop: Any) -> tuple[Any, ...]:
 
 
 @contextmanager
-def transferred_once(trainer: TrainerLike) -> Iterator[None]:
-    """A batch that is transferred several times in the block is the same tensors each time."""
+def transferred_once(trainer: TrainerLike, received: Callable[[Any], None]) -> Iterator[None]:
+    """A batch that is transferred several times in the block is the same tensors each time, told to ``received``."""
     strategy = trainer.strategy
     kept_batches: list[Any] = []
     transfer = strategy.batch_to_device
@@ -444,6 +444,7 @@ def transferred_once(trainer: TrainerLike) -> Iterator[None]:
     def once(*args: Any, **kwargs: Any) -> Any:
         if not kept_batches:
             kept_batches.append(transfer(*args, **kwargs))
+            received(kept_batches[0])
         return kept_batches[0]
 
     with kept(strategy, "batch_to_device"):

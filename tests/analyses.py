@@ -33,7 +33,7 @@ class Everything(Judged):
         values = getattr(output, "logits", output).float().flatten()
         self.scores.append((values - 0.3).square().mean())
         self.log("loss", self.scores[-1], batch_size=2)
-        self.spearman(values, values.roll(1) + torch.linspace(0, 1, len(values)))
+        self.spearman(values, values.roll(1) + torch.linspace(0, 1, len(values), device=values.device))
         self.log("spearman", self.spearman)
 
     def on_validation_epoch_end(self) -> None:

@@ -35,7 +35,7 @@ def behind_norm(layer: nn.Module, activation: nn.Module, gamma: list[float], bet
     channels = len(gamma)
     unit = nn.Conv2d(channels, channels, 1, bias=False)
     nn.init.dirac_(unit.weight)
-    norm = nn.BatchNorm2d(channels, eps=0.0)
+    norm = nn.BatchNorm2d(channels, eps=1e-20)
     norm.weight.data, norm.bias.data = torch.tensor(gamma), torch.tensor(beta)
     return nn.Sequential(unit, norm, activation, layer).eval()
 
@@ -196,7 +196,7 @@ def test_of_an_equalized_pair_the_scaled_mean_counts() -> None:
 def test_a_normalization_that_is_folded_into_the_layer_behind_it() -> None:
     """The layer then reads what went into the normalization: its running mean."""
     torch.manual_seed(0)
-    norm, layer = nn.BatchNorm2d(4, eps=0.0), nn.Conv2d(4, 6, 3, bias=False)
+    norm, layer = nn.BatchNorm2d(4, eps=1e-20), nn.Conv2d(4, 6, 3, bias=False)
     norm.running_mean, norm.running_var = torch.tensor([0.5, -1.0, 2.0, 0.0]), torch.tensor([1.0, 4.0, 0.25, 1.0])
     norm.weight.data, norm.bias.data = torch.tensor(GAMMA), torch.tensor(BETA)
     model, x = nn.Sequential(norm, layer).eval(), torch.randn(8, 4, 6, 6)

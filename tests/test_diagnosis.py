@@ -358,7 +358,7 @@ def test_what_is_known_stays_in_the_report_when_a_walk_ends_in_an_error(trained:
         """Stopped once the network gives other outputs than in FP32."""
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
-            if not torch.allclose(self.net(batch[0]), expected[batch_idx], rtol=1e-3):
+            if not torch.allclose(self.net(batch[0]).cpu(), expected[batch_idx], rtol=1e-3):
                 raise KeyboardInterrupt
             super().validation_step(batch, batch_idx)
 

@@ -172,7 +172,7 @@ class DroppingFunction(nn.Module):
 
 class TorchNoise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x.abs() + 0.01 * torch.randn(x.shape)
+        return x.abs() + 0.01 * torch.randn_like(x)
 
 
 class NumpyNoise(nn.Module):
@@ -194,7 +194,7 @@ class Restless(nn.Module):
     ("fault", "operation"),
     [
         (DroppingFunction, "net.3.dropout"),
-        (TorchNoise, "net.3.randn"),
+        (TorchNoise, "net.3.randn_like"),
         (NumpyNoise, "net.3.add"),
         (Restless, "net.3.mul"),
     ],

@@ -231,7 +231,7 @@ def test_a_step_that_can_not_be_run_with_gradients_is_analysed_without_an_estima
     class Numbers(Classifier):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             logits = self.net(batch[0])
-            right = logits.argmax(-1).numpy() == batch[1].numpy()
+            right = logits.argmax(-1).cpu().numpy() == batch[1].cpu().numpy()
             self.log("acc", float(right.mean() + 0.0 * logits.numpy().sum()), batch_size=len(batch[1]))
 
     made = module_of(trained, 128, column=80.0)

@@ -32,7 +32,7 @@ class Against(Judged):
             self.exact = {first_value(batch): call_with(net, batch) for batch in known}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        error = (call_with(self.net, batch) - self.exact[first_value(batch)]).square()
+        error = (call_with(self.net, batch) - self.exact[first_value(batch)].to(self.device)).square()
         self.log("loss", error.nanmean(), batch_size=len(error))
 
 

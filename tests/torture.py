@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import importlib
+import os
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 torch.set_num_threads(1)
+
+# Set to "gpu" where one is at hand: the same tests then show that nothing depends on the device.
+ACCELERATOR = os.environ.get("QUANTDEBUG_ACCELERATOR", "cpu")
 
 NAMESPACES = ("pytorch_lightning", "lightning.pytorch")
 
@@ -101,11 +105,11 @@ def torture_class(namespace: str = "pytorch_lightning") -> Any:
             self.log("quiet", loss, logger=False)
             self.log("noise", noise)
             self.seen_mean.mul_(0.9).add_(0.1 * batch[0].mean(0))
-            self.total += torch.bincount(batch[1], minlength=3)
+            self.total += torch.bincount(batch[1], minlength=3).cpu()
             self._private["batches"].append(batch_idx)
             self.kinds.add(batch_idx + 100 * self.epochs)
             self.recent.append(float(loss))
-            np.add.at(self.table, (batch[1].numpy(), self(batch[0]).argmax(1).numpy()), 1)
+            np.add.at(self.table, (batch[1].cpu().numpy(), self(batch[0]).argmax(1).cpu().numpy()), 1)
             self.meter.count += 1
             self.meter.values.append(float(loss))
             if self.logger is not None:
@@ -125,7 +129,13 @@ def torture_class(namespace: str = "pytorch_lightning") -> Any:
 
 def trainer(root: Any, namespace: str = "pytorch_lightning", **settings: Any) -> Any:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    defaults = {"accelerator": "cpu", "devices": 1, "logger": False, "max_epochs": 1, "default_root_dir": str(root)}
+    defaults = {
+        "accelerator": ACCELERATOR,
+        "devices": 1,
+        "logger": False,
+        "max_epochs": 1,
+        "default_root_dir": str(root),
+    }
     return lightning(namespace).Trainer(**{**quiet, **defaults, **settings})
 
 
