@@ -21,19 +21,21 @@ from lightning_quantdebug import lightning_compat as compat
 from lightning_quantdebug.best_weights import best_weights, checkpoint_callback
 from lightning_quantdebug.calibration import calibration_loader, capture, set_ranges
 from lightning_quantdebug.console import Progress, summary
-from lightning_quantdebug.diagnosis import EVALUATIONS, Diagnosis
+from lightning_quantdebug.diagnosis import EVALUATIONS, Diagnosis, histograms
 from lightning_quantdebug.errors import QuantDebugError, ReportError, SettingsError
 from lightning_quantdebug.evaluation import Evaluator
 from lightning_quantdebug.instrument import Instrumentation
 from lightning_quantdebug.lightning_compat import CallbackBase
 from lightning_quantdebug.own_quantizers import find_own_quantizers, own_quantizers
 from lightning_quantdebug.plausibility import missing_extras, not_run
+from lightning_quantdebug.qat_checks import reason_not_to_train
 from lightning_quantdebug.rank_agreement import gather
 from lightning_quantdebug.report import Report, Verdict, write_atomically
 from lightning_quantdebug.report_markdown import to_markdown
 from lightning_quantdebug.settings import OnError, Settings, When, make_settings
 from lightning_quantdebug.target import Kind, Mode, QuantTarget
 from lightning_quantdebug.tensorboard import ReviewWriter
+from lightning_quantdebug.training_phase import TrainingPhase
 
 # The watch is to be cheap: few calibration batches suffice to see a drift.
 WATCH_BATCHES = 4
@@ -65,8 +67,15 @@ class QuantDebug(CallbackBase):
         calibration: Where ranges are set: ``"train"``, ``"val"`` or a DataLoader.
         calibration_batches: Number of calibration batches, on each device.
         limit_batches: Number (int) or share (float) of validation batches for the walk; the acceptance uses all.
-        qat_epochs: Most epochs of quantization-aware training, which this version does not run yet.
-        qat_lr_factor: Learning rate of QAT as a share of the training's.
+        qat_epochs: Most epochs of quantization-aware training, which follow in the same fit where repair was not
+            enough; 0: none.
+        qat_lr_factor: Learning rate at the start of QAT as a share of what ``configure_optimizers`` starts with (of a
+            schedule that rises first, of its peak); it falls to 0 along half a cosine.
+        qat_learn_scales: Whether QAT trains the scales of the quantizers too (LSQ); else ranges stay as calibrated.
+        qat_freeze_batchnorm: Share of the QAT epochs after which batch normalizations keep their statistics and are
+            folded: 0 from the start, 1 never.
+        qat_early_stop: Whether QAT ends as soon as the loss is at most half of the permitted one.
+        qat_distillation: Weight of the divergence of the logits from those of FP32 in the loss of QAT; 0: none.
         watch_every_n_epochs: While training, log every so many epochs what the score would be if the model were
             quantized now.
         max_time: Time budget of the walk, as in Trainer.
@@ -83,6 +92,8 @@ class QuantDebug(CallbackBase):
 
     Attributes:
         report: The report of the last walk, ``None`` before.
+        fp32_best_model_path: What ModelCheckpoint called its best file before QAT, which starts its ranking anew.
+        fp32_best_model_score: Its score.
 
     Examples:
         >>> callback = QuantDebug(monitor="val_acc", mode="max", tolerance="1%", target="int8")
@@ -109,6 +120,10 @@ class QuantDebug(CallbackBase):
         limit_batches: int | float = 1.0,
         qat_epochs: int = 10,
         qat_lr_factor: float = 0.1,
+        qat_learn_scales: bool = True,
+        qat_freeze_batchnorm: float = 0.0,
+        qat_early_stop: bool = True,
+        qat_distillation: float = 0.0,
         watch_every_n_epochs: int | None = None,
         max_time: str | dict[str, int] | timedelta | None = None,
         dirpath: str | Path | None = None,
@@ -139,6 +154,10 @@ class QuantDebug(CallbackBase):
             limit_batches=limit_batches,
             qat_epochs=qat_epochs,
             qat_lr_factor=qat_lr_factor,
+            qat_learn_scales=qat_learn_scales,
+            qat_freeze_batchnorm=qat_freeze_batchnorm,
+            qat_early_stop=qat_early_stop,
+            qat_distillation=qat_distillation,
             watch_every_n_epochs=watch_every_n_epochs,
             verbose=verbose,
         )
@@ -147,8 +166,11 @@ class QuantDebug(CallbackBase):
         self.monitor = monitor
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.report: Report | None = None
-        self._loader = calibration if self.settings.calibration is None else None
+        self.given_loader = calibration if self.settings.calibration is None else None
+        self.fp32_best_model_path = ""
+        self.fp32_best_model_score: float | None = None
         self._watched: Instrumentation | None = None
+        self._training = TrainingPhase(self)
 
     @property
     def state_key(self) -> str:
@@ -167,6 +189,8 @@ class QuantDebug(CallbackBase):
         if not self._has_work(stage):
             return
         self._evaluator(trainer, pl_module).check()
+        if stage == "fit":
+            self._training.attend(trainer, pl_module)
         if self.settings.restore_best and stage == "fit" and checkpoint_callback(trainer) is None:
             raise SettingsError("`restore_best=True` needs a ModelCheckpoint among the callbacks, there is none.")
         missing = missing_extras(self.settings)
@@ -179,8 +203,9 @@ class QuantDebug(CallbackBase):
         """Check what can be checked before training; walk, if it is to run before training."""
         if self._has_work("fit"):
             self._check_before_work(trainer, pl_module)
+        self._training.on_fit_start(trainer, pl_module)
         if self.settings.when is When.FIT_START:
-            self._walk(trainer, pl_module)
+            self.walk(trainer, pl_module)
 
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
         """Warn early if validation does not log the monitored metric."""
@@ -194,29 +219,72 @@ class QuantDebug(CallbackBase):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log what the score would be if the model were quantized now."""
+        if self._training.runs:
+            self._training.on_epoch_end(trainer)
+            return
         every = self.settings.watch_every_n_epochs
         if every is not None and (trainer.current_epoch + 1) % every == 0 and not trainer.fast_dev_run:
-            with self._harmless(trainer):
+            with self.harmless(trainer):
                 self._watch(trainer, pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Walk after training, when every other callback has done its last work on the weights."""
-        if self.settings.when is When.FIT_END and not trainer.interrupted:
-            self._walk(trainer, pl_module)
+        """Walk after training, when every other callback has done its last work on the weights.
+
+        Where QAT may follow, the walk was when the last epoch had ended.
+        """
+        if self.settings.when is When.FIT_END and not trainer.interrupted and not self._training.has_walked:
+            self.walk(trainer, pl_module)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Check what can be checked before ``trainer.validate`` validates."""
-        if trainer.state.fn == "validate":
+        if trainer.state.fn == "validate" and not self._training.evaluates(trainer, pl_module):
             self._check_before_work(trainer, pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Walk after the validation of ``trainer.validate``."""
-        if trainer.state.fn == "validate":
-            self._walk(trainer, pl_module)
+        """Walk after the validation of ``trainer.validate``, unless that was one of a model trained with QAT."""
+        if trainer.state.fn == "validate" and not self._training.is_evaluating:
+            self.walk(trainer, pl_module)
+        elif trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._training.on_validation_end()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Let go of the module."""
+        """Let go of the module and the Trainer."""
         self._watched = None
+        self._training.let_go(trainer)
+
+    # Training with quantizers.
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Test a model that was trained with QAT as it will run: quantized."""
+        self._training.evaluates(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Predict with a model that was trained with QAT as it will run: quantized."""
+        self._training.evaluates(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Freeze batch normalizations when it is time."""
+        self._training.on_epoch_start()
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """Average the gradients of scales over the ranks."""
+        self._training.on_after_backward()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Notice a loss that is no number."""
+        self._training.on_batch_end(outputs, batch_idx)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Give module and Trainer back; what was trained stays, and the state that a checkpoint needs."""
+        self._training.let_go(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What checkpoints hold of a training with quantizers; empty before."""
+        return self._training.state_dict()
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Take what a checkpoint holds of a training with quantizers; nothing, if it is one of FP32."""
+        self._training.load(checkpoint.get("callbacks", {}).get(self.state_key))
 
     def _has_work(self, stage: str) -> bool:
         """Whether this callback does anything in ``fit`` or ``validate``."""
@@ -227,21 +295,21 @@ class QuantDebug(CallbackBase):
         """Raise for settings that could never work, before anything was trained or measured."""
         # The constructor refuses a `module` that does not exist and a `quantizer` that can not be imported.
         Instrumentation(pl_module, self.settings.target, module=self.settings.module)
-        directory = self._directory(trainer)
+        directory = self.directory(trainer)
         refusals = gather(_refusal(directory) if trainer.is_global_zero else None)
         if refusals[0] is not None:
             raise ReportError(refusals[0])
 
     # The walk.
 
-    def _walk(self, trainer: Any, pl_module: Any) -> None:
+    def walk(self, trainer: Any, pl_module: Any) -> None:
         """Walk, write what came out, and say it; a failure of the tool is no failure of the run."""
-        with self._harmless(trainer):
+        with self.harmless(trainer):
             self._diagnose(trainer, pl_module)
 
     def _diagnose(self, trainer: Any, pl_module: Any) -> None:
         """One walk with progress, whatever it ends with."""
-        directory = self._directory(trainer)
+        directory = self.directory(trainer)
         rank_zero = trainer.is_global_zero
         verbose, live = self.settings.verbose, compat.live_progress(trainer)
         with Progress(EVALUATIONS, verbose=verbose, rank_zero=rank_zero, position=1, live=live) as progress:
@@ -249,13 +317,14 @@ class QuantDebug(CallbackBase):
                 self._evaluator(trainer, pl_module),
                 self._evaluator(trainer, pl_module, limit_batches=1.0),
                 self.settings,
-                self._loader,
+                self.given_loader,
                 progress.describe,
                 progress.advance,
                 progress.expect,
                 progress.runs,
                 directory,
                 progress.tell,
+                lambda: reason_not_to_train(trainer, self.settings),
             )
             try:
                 # Once for all passes: remedies hold tensors of the module from one pass to the next.
@@ -270,33 +339,37 @@ class QuantDebug(CallbackBase):
                 self.report = replace(diagnosis.report, verdict=Verdict.FAILED, error=error)
                 raise
             finally:
-                self._write(trainer, directory, diagnosis)
-        self._say(trainer)
+                self.write(trainer, directory, diagnosis.session)
+            self._training.walked(diagnosis)
+        if not diagnosis.wants_training:
+            self.say(trainer)
 
     def _evaluator(self, trainer: Any, pl_module: Any, limit_batches: int | float | None = None) -> Evaluator:
         """What runs the user's validation."""
         limit = self.settings.limit_batches if limit_batches is None else limit_batches
         return Evaluator(trainer, pl_module, self.monitor, limit_batches=limit)
 
-    def _write(self, trainer: Any, directory: Path, diagnosis: Diagnosis) -> None:
+    def write(self, trainer: Any, directory: Path, session: Instrumentation | None) -> None:
         """Write the report's files and the TensorBoard pages on rank zero."""
         assert self.report is not None
         if not trainer.is_global_zero:
             return
-        with ReviewWriter(trainer, directory, self._tag(trainer)) as writer:
+        with ReviewWriter(trainer, directory, self.tag(trainer)) as writer:
             files = {
                 "report.json": str(directory / "report.json"),
                 "report.md": str(directory / "report.md"),
                 "tensorboard": writer.log_dir,
             }
+            kept = directory / "fp32.ckpt"
+            files |= {kept.name: str(kept)} if self._training.runs and kept.exists() else {}
             self.report = replace(self.report, final=replace(self.report.final, files=files))
             self.report.to_json(files["report.json"])
             write_atomically(files["report.md"], to_markdown(self.report))
             writer.write_report(self.report, trainer.global_step)
             for kind in Kind:
-                writer.write_histograms(diagnosis.histograms(kind), kind, trainer.global_step)
+                writer.write_histograms(histograms(session, kind), kind, trainer.global_step)
 
-    def _say(self, trainer: Any) -> None:
+    def say(self, trainer: Any) -> None:
         """Print the summary and the warnings."""
         assert self.report is not None
         check = self.report.steps[0] if self.report.steps else None
@@ -305,7 +378,7 @@ class QuantDebug(CallbackBase):
         if self.settings.verbose and trainer.is_global_zero:
             print(summary(self.report), flush=True)
 
-    def _directory(self, trainer: Any) -> Path:
+    def directory(self, trainer: Any) -> Path:
         """Where this callback writes; called on every rank, as ``trainer.log_dir`` asks the others."""
         log_dir = trainer.log_dir
         directory = self.dirpath or Path(log_dir or trainer.default_root_dir) / "quantdebug"
@@ -322,12 +395,12 @@ class QuantDebug(CallbackBase):
         namesakes = [peer for peer in self._peers(trainer) if peer.settings.target.name == name]
         return name if len(namesakes) < 2 else f"{name}_{namesakes.index(self)}"
 
-    def _tag(self, trainer: Any) -> str:
+    def tag(self, trainer: Any) -> str:
         """First part of this callback's tags in TensorBoard and other loggers."""
         return "quantdebug" if len(self._peers(trainer)) < 2 else f"quantdebug/{self._label(trainer)}"
 
     @contextmanager
-    def _harmless(self, trainer: Any) -> Iterator[None]:
+    def harmless(self, trainer: Any) -> Iterator[None]:
         """Turn a failure of the tool into a warning, unless the user wants it raised."""
         if self.settings.on_error is OnError.RAISE:
             yield
@@ -351,12 +424,12 @@ class QuantDebug(CallbackBase):
         evaluator = self._evaluator(trainer, pl_module)
         with own_quantizers(find_own_quantizers(pl_module), enabled=False):
             score = self._quantized_score(evaluator, pl_module)
-        with ReviewWriter(trainer, self._directory(trainer), self._tag(trainer)) as writer:
+        with ReviewWriter(trainer, self.directory(trainer), self.tag(trainer)) as writer:
             writer.write_watch(self.monitor, score, trainer.global_step)
 
     def _quantized_score(self, evaluator: Evaluator, pl_module: Any) -> float:
         """The score of the model, quantized as it is now."""
-        loader = calibration_loader(self.settings, self._loader)
+        loader = calibration_loader(self.settings, self.given_loader)
         settings = self.settings
         if self._watched is None:
             session = Instrumentation(pl_module, settings.target, module=settings.module, exclude=settings.exclude)

@@ -66,6 +66,9 @@ _CALIBRATED_ON_VALIDATION = (
 )
 
 
+_NOT_TRAINED = "QAT runs in `trainer.fit`: add the callback to the Trainer that trains the model."
+
+
 class Diagnosis:
     """One walk on one model.
 
@@ -80,10 +83,14 @@ class Diagnosis:
         progress: Called with the number of runs of a batch that are done and of those that there will be.
         directory: Where a killed analysis leaves what it has measured; ``None``: nowhere.
         tell: Called with what the user shall be able to read afterwards too.
+        reason_not_to_train: Says why no QAT may follow, ``None`` if it may.
 
     Attributes:
         report: What is known so far; of use also after an exception.
         session: The instrumentation, once the model was captured.
+        wants_training: Whether the walk has ended before QAT, which shall follow.
+        started: When the walk began, in seconds of ``time.monotonic``.
+        accepted: FP32 and the quantized model on the data that accepts, once both were measured.
     """
 
     def __init__(
@@ -98,6 +105,7 @@ class Diagnosis:
         progress: Callable[[int, int], None] = lambda done, total: None,
         directory: Path | None = None,
         tell: Callable[[str], None] = lambda text: None,
+        reason_not_to_train: Callable[[], str | None] = lambda: _NOT_TRAINED,
     ) -> None:
         """Nothing runs yet."""
         self.evaluator = evaluator
@@ -110,6 +118,9 @@ class Diagnosis:
         self.progress = progress
         self.directory = directory
         self.tell = tell
+        self.reason_not_to_train = reason_not_to_train
+        self.wants_training = False
+        self.accepted: tuple[Evaluation, Evaluation | None] | None = None
         self.root: torch.nn.Module = evaluator.pl_module
         self.report = Report(settings=settings.to_dict(), environment=environment(self.root, evaluator.seed))
         self.session: Instrumentation | None = None
@@ -117,7 +128,7 @@ class Diagnosis:
         self._warnings: list[str] = []
         self._measured: dict[Kind | None, Evaluation] = {}
         self._own = find_own_quantizers(self.root)
-        self._started = time.monotonic()
+        self.started = time.monotonic()
         self._steps: dict[StepName, Callable[[], Step]] = {
             StepName.FP32_CHECK: self._fp32_check,
             StepName.ACTIVATIONS: self._activations,
@@ -136,11 +147,15 @@ class Diagnosis:
             The report with its verdict; files and TensorBoard are the caller's business.
         """
         self.evaluator.check()
-        self._started = started = time.monotonic()
+        self.started = time.monotonic()
         with own_quantizers(self._own, enabled=False):
-            while (decision := next_step(self.report, frozenset(self._steps))) is not None:
-                if decision.runs and self._is_late(started):
-                    decision = replace(decision, runs=False, verdict=StepVerdict.NOT_RUN, advice=self._too_late())
+            while (decision := next_step(self.report, frozenset((*self._steps, StepName.QAT)))) is not None:
+                reason = self._reason_not_to(decision.step) if decision.runs else None
+                if reason is not None:
+                    decision = replace(decision, runs=False, verdict=StepVerdict.NOT_RUN, advice=reason)
+                elif decision.runs and decision.step is StepName.QAT:
+                    self.wants_training = True
+                    break
                 if decision.runs:
                     self._do(decision.step)
                 else:
@@ -148,10 +163,19 @@ class Diagnosis:
         self._finish()
         return self.report
 
-    def _is_late(self, started: float) -> bool:
+    def _reason_not_to(self, step: StepName) -> str | None:
+        """Why a step that has its turn is not run, the same on every rank; ``None`` if it is."""
+        if self.is_late:
+            return self._too_late()
+        if step is not StepName.QAT:
+            return None
+        return next((reason for reason in gather(self.reason_not_to_train()) if reason is not None), None)
+
+    @property
+    def is_late(self) -> bool:
         """Whether the time budget is spent, on any rank: all must take the same way."""
         budget = self.settings.max_time
-        return budget is not None and any(gather(time.monotonic() - started >= budget.total_seconds()))
+        return budget is not None and any(gather(time.monotonic() - self.started >= budget.total_seconds()))
 
     def _too_late(self) -> str:
         """Why a step was not run, and what to do."""
@@ -309,7 +333,7 @@ class Diagnosis:
             measure=measure,
             settings=self.settings,
             split=Split.of(reference),
-            is_late=lambda: self._is_late(self._started),
+            is_late=lambda: self.is_late,
             describe=self.describe,
         )
 
@@ -360,7 +384,7 @@ class Diagnosis:
             reference=reference,
             calibration=self.loader,
             directory=self.directory,
-            is_late=lambda: self._is_late(self._started),
+            is_late=lambda: self.is_late,
             describe=self.describe,
             tell=self.tell,
             advance=self.advance,
@@ -380,7 +404,9 @@ class Diagnosis:
                 try:
                     evaluation = self.acceptance.run(session.around_step)
                 except NonFiniteScoreError:
+                    self.accepted = (reference, None)
                     return self._without_score(StepName.QUANTIZE_MODEL, self.acceptance)
+        self.accepted = (reference, evaluation)
         self.advance()
         step = self._accepted(self._judged(StepName.QUANTIZE_MODEL, reference, evaluation), reference, evaluation)
         few = too_few_samples(self.report, step, evaluation.samples, self.settings)
@@ -472,11 +498,12 @@ class Diagnosis:
             evidence = f"operations ran in validation that calibration never met, in FP32: {list(coverage.unseen[:10])}"
             self.report = self.report.with_findings(Finding(Cause.NOT_QUANTIZED, evidence))
 
-    def histograms(self, kind: Kind) -> Mapping[str, Histogram]:
-        """Histogram of each tensor that calibration saw."""
-        if self.session is None:
-            return {}
-        return {q.name: q.observer.histogram for q in self.session.select(kind=kind) if q.observer.count}
+
+def histograms(session: Instrumentation | None, kind: Kind) -> Mapping[str, Histogram]:
+    """Histogram of each tensor that calibration saw."""
+    if session is None:
+        return {}
+    return {q.name: q.observer.histogram for q in session.select(kind=kind) if q.observer.count}
 
 
 def _standing_of(step: Step) -> dict[str, Any]:

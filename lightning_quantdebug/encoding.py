@@ -15,6 +15,7 @@ with round half to even, as ONNX ``QuantizeLinear`` has it. The grid therefore r
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -70,6 +71,19 @@ class Encoding:
                 f"`zero_point` must be an integer in [{self.spec.quant_min}, {self.spec.quant_max}], the grid of "
                 f"{self.spec.bit_width} bits, got {zero.tolist()}."
             )
+
+    def with_scale(self, scale: Tensor) -> Encoding:
+        """The same grid with other steps, unchecked: ``scale`` must be positive and finite, of the same shape.
+
+        The levels in steps from zero are those of this encoding, so that on an accelerator nothing waits for them.
+        """
+        other = copy.copy(self)
+        for name in ("arithmetic", "unclipped_float32", "unclipped_float64"):
+            vars(other).pop(name, None)
+        object.__setattr__(other, "scale", scale)
+        if scale.device.type != "cpu":
+            vars(other)["arithmetic"] = (scale, *self.arithmetic[1:])
+        return other
 
     @property
     def num_levels(self) -> int:

@@ -86,12 +86,12 @@ def fake_quantize_(x: Tensor, encoding: Encoding) -> Tensor:
         tensor([0.5000, 5.0000])
     """
     with torch.no_grad():
-        plain = type(x) is Tensor and not _is_transformed(x) and dense_view(x) is not None
+        plain = type(x) is Tensor and not is_transformed(x) and dense_view(x) is not None
         if plain and x.dtype in (torch.float32, torch.float64) and encoding.channel_axis is None:
-            operands = _operands(x, encoding)
+            operands = broadcast_operands(x, encoding)
             if x.numel() > BLOCK_SIZE and x.device.type == "cpu":
                 return _quantize_blocks(x, encoding, operands, x)
-            return _on_grid_(x.div_(operands[0]), *operands)
+            return on_grid_(x.div_(operands[0]), *operands)
         return x.copy_(_quantize(x, encoding))
 
 
@@ -152,8 +152,8 @@ def _unclipped_gradient(gradient: Tensor, x: Tensor, encoding: Encoding) -> Tens
     if encoding.channel_axis is None:
         low, high = encoding.unclipped_float64 if x.dtype == torch.float64 else encoding.unclipped_float32
         return _between(gradient, x, low, high)
-    scale, lowest_step, _ = _operands(x, encoding)
-    values = _grouped(x, encoding)
+    scale, lowest_step, _ = broadcast_operands(x, encoding)
+    values = grouped(x, encoding)
     steps = (values.float() if _is_half(x) else values).div(scale).round_().sub_(lowest_step).reshape(x.shape)
     # Steps count from 0. Half a step of slack; at 32 bits, where float32 has no half steps, a few of its own.
     slack = max(0.5, encoding.num_levels * 2.0**-20)
@@ -173,15 +173,15 @@ def _quantize(x: Tensor, encoding: Encoding) -> Tensor:
             f"Only float tensors can be quantized ({', '.join(map(str, FLOAT_DTYPES))}), got {x.dtype}. Convert the "
             "tensor, or exclude it by its name."
         )
-    operands = _operands(x, encoding)
-    values = _grouped(x, encoding)
-    if type(x) not in (Tensor, torch.nn.Parameter) or _is_transformed(x):
+    operands = broadcast_operands(x, encoding)
+    values = grouped(x, encoding)
+    if type(x) not in (Tensor, torch.nn.Parameter) or is_transformed(x):
         return _on_grid(values.float() if _is_half(x) else values, *operands).reshape(x.shape).to(x.dtype)
     if x.numel() > BLOCK_SIZE and x.device.type == "cpu" and dense_view(x) is not None:
         return _quantize_blocks(x, encoding, operands, torch.empty_like(x))
     if _is_half(x):
-        return _on_grid_(values.float().div_(operands[0]), *operands).reshape(x.shape).to(x.dtype)
-    result = _on_grid_(values.div(operands[0]), *operands)
+        return on_grid_(values.float().div_(operands[0]), *operands).reshape(x.shape).to(x.dtype)
+    result = on_grid_(values.div(operands[0]), *operands)
     return result if values is x else result.reshape(x.shape)
 
 
@@ -191,15 +191,15 @@ def _quantize_blocks(x: Tensor, encoding: Encoding, operands: _Operands, result:
     if encoding.channel_axis is None:
         source, target = x.as_strided((x.numel(),), (1,)), result.as_strided((x.numel(),), (1,))
     else:
-        source, target = _grouped(x, encoding), _grouped(result, encoding)
+        source, target = grouped(x, encoding), grouped(result, encoding)
     rows = max(1, BLOCK_SIZE * torch.get_num_threads() * source.shape[axis] // source.numel())
     splits = [repeat(value) if isinstance(value, float) else torch.split(value, rows, axis) for value in operands]
     places = torch.split(target, rows, axis)
     for values, place, scale, low, high in zip(torch.split(source, rows, axis), places, *splits, strict=False):
         if _is_half(x):
-            place.copy_(_on_grid_(values.float().div_(scale), scale, low, high))
+            place.copy_(on_grid_(values.float().div_(scale), scale, low, high))
         else:
-            _on_grid_(torch.div(values, scale, out=place), scale, low, high)
+            on_grid_(torch.div(values, scale, out=place), scale, low, high)
     return result
 
 
@@ -209,14 +209,14 @@ def _on_grid(x: Tensor, scale: _Operand, low: _Operand, high: _Operand) -> Tenso
     return x.div(scale).round().clamp(low, high).mul(scale)  # type: ignore[arg-type]
 
 
-def _on_grid_(quotient: Tensor, scale: _Operand, low: _Operand, high: _Operand) -> Tensor:
+def on_grid_(quotient: Tensor, scale: _Operand, low: _Operand, high: _Operand) -> Tensor:
     """From ``x / scale`` to the value on the grid, in place."""
     # As above.
     return quotient.round_().clamp_(low, high).mul_(scale)  # type: ignore[arg-type]
 
 
-def _operands(x: Tensor, encoding: Encoding) -> _Operands:
-    """Scale, lowest and highest step as numbers or as tensors that broadcast over :func:`_grouped` ``x``."""
+def broadcast_operands(x: Tensor, encoding: Encoding) -> _Operands:
+    """Scale, lowest and highest step as numbers or as tensors that broadcast over :func:`grouped` ``x``."""
     scale, low, high = encoding.arithmetic
     if x.device.type != "cpu":
         # Accelerators divide by a number by multiplying with its reciprocal; by a tensor of theirs they divide.
@@ -227,7 +227,7 @@ def _operands(x: Tensor, encoding: Encoding) -> _Operands:
 
 
 def _broadcast(value: _Operand, x: Tensor, encoding: Encoding) -> _Operand:
-    """``value`` with axes of length 1 such that it broadcasts over :func:`_grouped` ``x``."""
+    """``value`` with axes of length 1 such that it broadcasts over :func:`grouped` ``x``."""
     if isinstance(value, float):
         return value
     if encoding.spec.group_size is not None:
@@ -236,7 +236,7 @@ def _broadcast(value: _Operand, x: Tensor, encoding: Encoding) -> _Operand:
     return value.view((1,) * axis + (-1,) + (1,) * (x.ndim - axis - 1))
 
 
-def _grouped(x: Tensor, encoding: Encoding) -> Tensor:
+def grouped(x: Tensor, encoding: Encoding) -> Tensor:
     """``x`` itself, or with groups as ``(C, G, group_size)``; raise unless it has the encoding's channels."""
     if encoding.channel_axis is None:
         return x
@@ -262,7 +262,7 @@ def _is_half(x: Tensor) -> bool:
     return x.dtype in (torch.float16, torch.bfloat16)
 
 
-def _is_transformed(x: Tensor) -> bool:
+def is_transformed(x: Tensor) -> bool:
     """Whether ``x`` stands for a tensor inside ``torch.func.vmap``, ``grad`` and the like: such have no memory."""
     # The one question that torch has no public function for; it has had this one since 2.1.
     return torch._C._functorch.is_functorch_wrapped_tensor(x)

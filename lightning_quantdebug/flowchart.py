@@ -195,6 +195,9 @@ def _reason_to_skip(report: Report, step: StepName) -> str | None:
     if step in (StepName.PER_QUANTIZER, StepName.VISUALIZE, StepName.FIX_QUANTIZERS) and _passes(both):
         return "Weights and activations together stay within the tolerance: no quantizer is to blame."
     if step is StepName.QAT and _is_good(report, StepName.QUANTIZE_MODEL):
+        whole = report.step(StepName.QUANTIZE_MODEL)
+        if whole is not None and whole.verdict is StepVerdict.NOISE:
+            return "The loss can not be told from zero with these samples: training could not be judged either."
         return "The quantized model is accepted: there is nothing to train."
     return None
 
@@ -231,11 +234,11 @@ def final_verdict(report: Report) -> Verdict:
     check, whole = report.step(StepName.FP32_CHECK), report.step(StepName.QUANTIZE_MODEL)
     if check is not None and check.verdict is StepVerdict.BROKEN:
         return Verdict.BROKEN_PIPELINE
+    qat = report.step(StepName.QAT)
+    if qat is not None and qat.verdict is StepVerdict.PASSED:
+        return Verdict.REPAIRED_BY_QAT
     if whole is None:
         return Verdict.FAILED
     if whole.verdict is not StepVerdict.PASSED:
         return Verdict.NOT_ACCEPTED
-    qat = report.step(StepName.QAT)
-    if qat is not None and qat.verdict is StepVerdict.PASSED:
-        return Verdict.REPAIRED_BY_QAT
     return Verdict.REPAIRED if any(remedy.kept for remedy in report.remedies) else Verdict.ACCEPTED

@@ -134,12 +134,16 @@ class Instrumentation:
                 f"Nothing in {type(self.root).__name__} can be quantized ({reasons}). Quantizable are convolutions, "
                 "linear, recurrent and embedding layers and the arithmetic between them; check `module` and `exclude`."
             )
+        self._adjustments = {}
+        self._arm()
+
+    def _arm(self) -> None:
+        """Make what runs the network with the quantizers where they sit."""
         shared = self.topology.shared_keys()
         names: dict[OpKey, str] = {}
         for operation in self.topology:
             key = shared[operation.key]
             names.setdefault(key, operation.name if key.call is not None else operation.name.split("@")[0])
-        self._adjustments = {}
         unsafe = {shared[key] for key in self.topology.unsafe if key in shared}
         self._runner = Runner(self.root, self._plan, self.quantizers, names, unsafe, self.scope)
 
@@ -306,14 +310,28 @@ class Instrumentation:
             self._adjustments[key] = change if before is None else before.then(change)
         self._placed().set_adjustments(self._adjustments)
 
+    def set_adjustments(self, adjustments: Mapping[OpKey, Adjustment]) -> None:
+        """Let operations run as ``adjustments`` say, and all others as they are.
+
+        Raises:
+            SettingsError: If an operation is unknown or has nothing that can be adjusted.
+        """
+        self._adjustments = dict(adjustments)
+        self._placed().set_adjustments(self._adjustments)
+
+    def share_quantizers(self, others: Mapping[str, Quantizer]) -> None:
+        """Let quantizers of the same name be those of another instrumentation, so that both put values on one grid."""
+        for name in self.quantizers.keys() & others.keys():
+            self.quantizers[name] = others[name]
+        self._arm()
+
     def state(self) -> SessionState:
         """Everything that remedies can change, to go back to."""
         return SessionState(dict(self._adjustments), {name: q.state() for name, q in self.quantizers.items()})
 
     def restore(self, state: SessionState) -> None:
         """Go back to a state bit for bit."""
-        self._adjustments = dict(state.adjustments)
-        self._placed().set_adjustments(self._adjustments)
+        self.set_adjustments(state.adjustments)
         for name, quantizer in self.quantizers.items():
             quantizer.restore(state.quantizers[name])
 

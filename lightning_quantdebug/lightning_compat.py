@@ -377,6 +377,11 @@ def settle_outer_validation(loop: Any, pl_module: ModuleLike) -> None:
             result.value.reset()
 
 
+def logged_values(trainer: TrainerLike) -> tuple[Any, ...]:
+    """What ``self.log`` has gathered in the loop that runs, as roots of a snapshot."""
+    return (trainer._results, vars(trainer._logger_connector))
+
+
 @dataclass(frozen=True)
 class LoggedValue:
     """One call of ``self.log``: the names it is known by, the value or metric, and how it is averaged."""

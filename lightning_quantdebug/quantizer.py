@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_quantdebug.encoding import Encoding, encoding_from_range
 from lightning_quantdebug.errors import CaptureError, SettingsError
 from lightning_quantdebug.fake_quantize import fake_quantize, fake_quantize_
+from lightning_quantdebug.learned_scale import LearnedScale
 from lightning_quantdebug.observer import Observer
 from lightning_quantdebug.range_setting import range_from_observer, range_from_tensor
 from lightning_quantdebug.target import Kind, Mode, QuantSpec, RangeSetting
@@ -93,6 +94,7 @@ class Quantizer:
         encoding: Scale and zero point, ``None`` before calibration.
         factory: Class of a custom quantizer, ``None`` for ours.
         version: Counts every change of the encoding, for caches.
+        learned: What trains the scale, ``None`` while it is not trained.
         probe: Called in mode observe in place of the observer; its result takes the tensor's place.
         frozen: Whether the encoding survives calibration, as that of a weight whose rounding was learned must.
     """
@@ -112,8 +114,9 @@ class Quantizer:
         self.channel_axis = channel_axis
         self.fixed_range = fixed_range
         self.observer = Observer()
-        self.version = 0
+        self.learned: LearnedScale | None = None
         self.frozen = False
+        self._changes = 0
         self.mode = Mode.BYPASS
         self.probe: Callable[[Tensor], Tensor] | None = None
         self._spec = spec
@@ -140,12 +143,41 @@ class Quantizer:
     @property
     def encoding(self) -> Encoding | None:
         """Scale and zero point, ``None`` before calibration."""
-        return self._encoding
+        return self._encoding if self.learned is None else self.learned.encoding
 
     @encoding.setter
     def encoding(self, encoding: Encoding | None) -> None:
-        self._encoding = encoding
-        self.version += 1
+        self._encoding, self.learned = encoding, None
+        self._changes += 1
+
+    @property
+    def version(self) -> int:
+        """Counts every change of the encoding, for caches."""
+        return self._changes + (0 if self.learned is None else self.learned.version)
+
+    @property
+    def is_learnable(self) -> bool:
+        """Whether the scale can be trained: no range that is fixed, no class of the user's, and fewer than 32 bits."""
+        has_range = self._encoding is not None and self.fixed_range is None
+        return has_range and self._custom is None and self.bit_width < 32
+
+    def learn(self) -> LearnedScale:
+        """Train the scale from now on, starting from the present encoding.
+
+        Raises:
+            CaptureError: If there is no encoding to start from, or a user's class quantizes.
+        """
+        if not self.is_learnable or self._encoding is None:
+            raise CaptureError(
+                f"The scale of {self.name!r} can not be trained: it has no range, or not one of its own."
+            )
+        self.learned = LearnedScale(self._encoding)
+        return self.learned
+
+    def settle(self) -> None:
+        """Keep the scale as it was trained, and train it no more."""
+        if self.learned is not None:
+            self.encoding = self.learned.encoding
 
     @property
     def is_calibrated(self) -> bool:
@@ -194,7 +226,7 @@ class Quantizer:
             self._spec,
             self.channel_axis,
             self.mode,
-            self._encoding,
+            self.encoding,
             self.frozen,
             copy.deepcopy(self.observer),
             (self._range, self._whole_range),
@@ -273,6 +305,8 @@ class Quantizer:
         """The tensor on the grid, whatever the mode; arguments and errors as of a call."""
         if self._encoding is None:
             return x
+        if self.learned is not None:
+            return self.learned(x, per_sample=self.kind is Kind.ACTIVATION)
         if self._encoding.scale.device != x.device:
             self._encoding = self._encoding.to(x.device)
         if self._custom is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from enum import Enum
@@ -174,6 +174,10 @@ class Settings:
     limit_batches: int | float = 1.0
     qat_epochs: int = 10
     qat_lr_factor: float = 0.1
+    qat_learn_scales: bool = True
+    qat_freeze_batchnorm: float = 0.0
+    qat_early_stop: bool = True
+    qat_distillation: float = 0.0
     watch_every_n_epochs: int | None = None
     max_time: timedelta | None = None
     export: tuple[str, ...] = ()
@@ -188,10 +192,12 @@ class Settings:
             _check_count(name, getattr(self, name), least=1, optional=name == "watch_every_n_epochs")
         _check_count("qat_epochs", self.qat_epochs, least=0)
         _check_limit(self.limit_batches)
-        if not isinstance(self.reverse_analysis, bool):
-            raise SettingsError(f"`reverse_analysis` must be True or False, got {self.reverse_analysis!r}.")
-        if not self.qat_lr_factor > 0:
-            raise SettingsError(f"`qat_lr_factor` must be positive, got {self.qat_lr_factor!r}.")
+        for name in ("reverse_analysis", "qat_learn_scales", "qat_early_stop"):
+            if not isinstance(getattr(self, name), bool):
+                raise SettingsError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        _check_number("qat_lr_factor", self.qat_lr_factor, "positive", lambda value: 0 < value < math.inf)
+        _check_number("qat_freeze_batchnorm", self.qat_freeze_batchnorm, "a share from 0 to 1", lambda v: 0 <= v <= 1)
+        _check_number("qat_distillation", self.qat_distillation, "0 or a positive weight", lambda v: 0 <= v < math.inf)
         _check_names("export", self.export, EXPORTS)
         _check_names("remedies", self.remedies or (), REMEDIES)
 
@@ -213,6 +219,12 @@ def _check_count(name: str, value: object, least: int, optional: bool = False) -
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise SettingsError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+
+
+def _check_number(name: str, value: object, expected: str, fits: Callable[[float], bool]) -> None:
+    """Raise unless ``value`` is a number that fits."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
+        raise SettingsError(f"`{name}` must be {expected}, got {value!r}.")
 
 
 def _check_names(name: str, values: Sequence[str], known: Sequence[str]) -> None:

@@ -151,6 +151,10 @@ class ReviewWriter:
         """Write what the score would be if the model were quantized now."""
         self._write_scalars({f"{self.prefix}/watch/{monitor}": score}, step)
 
+    def write_training(self, monitor: str, score: float, step: int) -> None:
+        """Write the quantized score after an epoch of QAT."""
+        self._write_scalars({f"{self.prefix}/qat/{monitor}": score}, step)
+
     def write_ranges(self, settings: Iterable[QuantizerSetting], step: int) -> None:
         """Write the table of every quantizer's observed values, clipping range and grid."""
         self._write_text(f"{self.prefix}/table_of_ranges", ranges_table(settings), step)

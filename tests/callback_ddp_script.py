@@ -34,7 +34,12 @@ class Module(simple_class()):  # type: ignore[misc] # the base is made at run ti
 
 def callbacks(root: str, kind: str) -> list[QuantDebug]:
     """What the run is to show."""
-    settings: dict[str, Any] = {"monitor": "loss", "target": "w3a4_per_tensor", "dirpath": f"{root}/quantdebug"}
+    settings: dict[str, Any] = {
+        "monitor": "loss",
+        "target": "w3a4_per_tensor",
+        "dirpath": f"{root}/quantdebug",
+        "qat_epochs": 0,
+    }
     if kind == "plain":
         return []
     if kind in ("walk", "spawn"):

@@ -20,7 +20,9 @@ from tests.torture import lightning, loader, torture_class, trainer
 
 def debugger(**settings: Any) -> QuantDebug:
     """A silent callback that fails loudly."""
-    return QuantDebug(**{"monitor": "accuracy", "mode": "max", "verbose": False, "on_error": "raise", **settings})
+    return QuantDebug(
+        **{"monitor": "accuracy", "mode": "max", "verbose": False, "on_error": "raise", "qat_epochs": 0, **settings}
+    )
 
 
 def fit(

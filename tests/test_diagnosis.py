@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quantdebug.advice import on_failure
-from lightning_quantdebug.diagnosis import EVALUATIONS, Diagnosis
+from lightning_quantdebug.diagnosis import EVALUATIONS, Diagnosis, histograms
 from lightning_quantdebug.encoding import encoding_from_range
 from lightning_quantdebug.environment import environment
 from lightning_quantdebug.evaluation import Evaluator
@@ -289,7 +289,7 @@ def test_environment() -> None:
 def test_histograms_hold_what_calibration_saw() -> None:
     network, _ = zoo.make("mobilenet")
     diagnosis = walked(Judged(network, [zoo.ZOO["mobilenet"].batch()]))
-    activations, weights = diagnosis.histograms(Kind.ACTIVATION), diagnosis.histograms(Kind.WEIGHT)
+    activations, weights = (histograms(diagnosis.session, kind) for kind in (Kind.ACTIVATION, Kind.WEIGHT))
     assert set(activations) | set(weights) == set(diagnosis.report.final.settings)
     assert not set(activations) & set(weights)
     setting = diagnosis.report.final.settings["net.features.0.2"]
@@ -308,7 +308,7 @@ def test_every_step_is_announced_and_every_evaluation_counted(trained: nn.Module
     def action(running: Any) -> None:
         evaluator = Evaluator(running, module, "loss")
         diagnosis = Diagnosis(evaluator, evaluator, settings, None, steps.append, lambda: count.append(1))
-        assert diagnosis.histograms(Kind.WEIGHT) == {}
+        assert histograms(diagnosis.session, Kind.WEIGHT) == {}
         report = diagnosis.walk()
         assert report is diagnosis.report
         assert all(step.seconds > 0 for step in report.steps if step.score is not None)

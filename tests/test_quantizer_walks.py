@@ -381,14 +381,14 @@ def test_what_does_not_help_is_undone_bit_for_bit(trained: Any) -> None:
 def test_time_that_runs_out_leaves_the_best_so_far(trained: Any) -> None:
     asked: list[int] = []
 
-    def late(self: Any, started: float) -> bool:
+    def late(self: Any) -> bool:
         asked.append(1)
         return len(asked) > 12
 
     from lightning_quantdebug.diagnosis import Diagnosis
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Diagnosis, "_is_late", late)
+        patch.setattr(Diagnosis, "is_late", property(late))
         diagnosis = walked(
             module_of(trained, column=80.0),
             "acc",

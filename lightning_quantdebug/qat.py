@@ -1,0 +1,517 @@
+"""Quantization-aware training: epochs with the quantizers on, in the fit that is running.
+
+The model starts from its best post-training state: folded, equalized, calibrated. The user's own ``training_step``,
+loss, optimizer class, data, callbacks and loggers go on; what is added are the quantizers and, beside the user's
+parameters, their scales (LSQ, :mod:`lightning_quantdebug.learned_scale`). Scales are parameters of no module: float
+checkpoints stay loadable without the plugin at every moment, weight averaging and the user's own grouping of
+parameters see what they always saw, and on several devices their gradients are averaged here.
+
+Weights that a training ends with are those of the epoch with the best quantized score; the state before the first
+epoch counts as one, so that a training that only harms leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quantdebug import fit_compat
+from lightning_quantdebug.best_weights import load_best_weights
+from lightning_quantdebug.distillation import Teacher, tensors_of
+from lightning_quantdebug.errors import NonFiniteScoreError, QuantDebugError
+from lightning_quantdebug.evaluation import Evaluation, Evaluator
+from lightning_quantdebug.instrumentation import Instrumentation
+from lightning_quantdebug.quantized_steps import CoveredSteps, switch_on, training_session, untrained
+from lightning_quantdebug.rank_agreement import gather
+from lightning_quantdebug.session_state import load_state, state_of
+from lightning_quantdebug.settings import Settings
+from lightning_quantdebug.target import Kind
+
+# With `qat_early_stop` the loss must be at most this share of the permitted one: another set of samples shall pass too.
+MARGIN = 0.5
+# Batches from which the statistics of batch normalizations are taken anew.
+_STATISTICS_BATCHES = 32
+# The loss is asked for NaN every so many batches: on an accelerator each question waits for the device.
+_NAN_EVERY = 16
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a training is judged by.
+
+    Attributes:
+        reference: The FP32 score, on the data that accepts.
+        permitted: The permitted loss, in the metric's units.
+        start: The quantized score before the first epoch.
+    """
+
+    reference: float
+    permitted: float
+    start: float
+
+
+@dataclass(frozen=True, eq=False)
+class Best:
+    """The state with the best quantized score so far.
+
+    Attributes:
+        epoch: Number of epochs that it was trained for; 0: it is the state before the first.
+        score: Its quantized score.
+        tensors: Parameters and buffers of the module.
+        averages: Those of each averaged copy.
+        session: Scales, as :func:`~lightning_quantdebug.session_state.state_of` has them.
+    """
+
+    epoch: int
+    score: float
+    tensors: Mapping[str, Tensor]
+    averages: tuple[Mapping[str, Tensor], ...]
+    session: Mapping[str, Any]
+
+
+@dataclass
+class Course:
+    """How a training went.
+
+    Attributes:
+        first: Number of epochs that the fit had trained before.
+        epochs: Most epochs.
+        steps_per_epoch: Optimizer steps of each; ``None`` where the training loader has no length.
+        scores: The quantized score after each epoch, by its number from 1 on.
+        rate: Learning rate at the start, the highest of all groups.
+        scales: Number of quantizers whose scale is trained.
+        stopped: Why it ended before its last epoch, ``""`` if it did not.
+        notes: What the reader must know.
+    """
+
+    first: int
+    epochs: int
+    steps_per_epoch: int | None = None
+    scores: dict[int, float] = field(default_factory=dict)
+    rate: float = 0.0
+    scales: int = 0
+    stopped: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+class Qat:
+    """One quantization-aware training.
+
+    Args:
+        trainer: The Trainer, inside ``fit``.
+        pl_module: Its LightningModule.
+        settings: The settings.
+        session: The captured instrumentation in its best post-training state.
+        aim: What it is judged by.
+        directory: Where files are kept.
+        course: How it went so far; ``None``: it begins.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        pl_module: nn.Module,
+        settings: Settings,
+        session: Instrumentation,
+        aim: Aim,
+        directory: Path,
+        course: Course | None = None,
+    ) -> None:
+        """Nothing is changed yet."""
+        self.trainer = trainer
+        self.pl_module = pl_module
+        self.settings = settings
+        self.session = session
+        self.aim = aim
+        self.directory = directory
+        self.course = course or Course(
+            fit_compat.processed_epochs(trainer), settings.qat_epochs, fit_compat.steps_per_epoch(trainer)
+        )
+        self.fp32_checkpoint = directory / "fp32.ckpt"
+        self.best: Best | None = None
+        self.evaluator = Evaluator(trainer, pl_module, settings.monitor)
+        self._training = session
+        self._teacher: Teacher | None = None
+        self._steps = CoveredSteps(trainer, pl_module, self._around)
+        self._limits = fit_compat.Limits.of(trainer)
+        self._norms: list[nn.Module] = []
+        self._finite: Tensor | None = None
+        self._validated: tuple[int, float] | None = None
+
+    # Beginning.
+
+    def start(self) -> None:
+        """Switch the running fit to training with quantizers, from its next epoch on."""
+        trainer, restores = self.trainer, self.settings.restore_best
+        if restores:
+            trainer.save_checkpoint(self.directory / "fp32_last.ckpt")
+            load_best_weights(trainer, self.pl_module)
+        fit_compat.use_averages(trainer, self.pl_module, copy=not restores)
+        trainer.save_checkpoint(self.fp32_checkpoint)
+        self._prepare()
+        self.best = self._snapshot(0, self.aim.start)
+        self._learn()
+        self._keep_best()
+        self._switch(tensors_of(self.pl_module) if self.settings.qat_distillation else {})
+        fit_compat.forget_history(trainer)
+        fit_compat.rename_rates(trainer)
+        fit_compat.complete_epochs(trainer)
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on in a new process, before Lightning restores progress and optimizers.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+        """
+        self.fp32_checkpoint = Path(state["fp32_checkpoint"])
+        self._prepare()
+        load_state(self.session, state["session"], learn=True)
+        self._learn()
+        self.best = self._read_best(Path(state["best_file"]))
+        tensors = self._fp32_tensors() if self.settings.qat_distillation else {}
+        self._switch(tensors)
+
+    def _prepare(self) -> None:
+        """What training needs besides the session."""
+        norms = [m for m in self.pl_module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._norms = [module for module in norms if module.training and module.running_mean is not None]
+
+    def _switch(self, teacher: Mapping[str, Tensor]) -> None:
+        """Loop, optimizers and steps as training with quantizers needs them."""
+        trainer, settings, course = self.trainer, self.settings, self.course
+        self._training = training_session(self.evaluator, self.pl_module, settings, self.session)
+        missing = untrained(self.session, self._training)
+        if missing:
+            course.notes.append(
+                f"The training step does not run what {missing[:5]} quantize in validation: they are not trained."
+            )
+        fit_compat.train_until(trainer, course.first + course.epochs)
+        fit_compat.rebuild_optimizers(trainer, course.epochs)
+        self._set_rates()
+        if teacher:
+            self._teacher = Teacher(self._training, settings.qat_distillation, teacher)
+        switch_on(self.session)
+        self._steps.install()
+
+    def _set_rates(self) -> None:
+        """Learning rates of the training, and the scales among what is trained."""
+        trainer, factor = self.trainer, self.settings.qat_lr_factor
+        optimizers = [getattr(item, "optimizer", item) for item in trainer.optimizers]
+        rates = [[factor * rate for rate in fit_compat.base_rates(optimizer)] for optimizer in optimizers]
+        self.course.rate = max(max(group) for group in rates)
+        automatic = self.pl_module.automatic_optimization
+        if not automatic:
+            fit_compat.scale_rates(trainer, factor)
+        ratios = self._ratios()
+        if ratios:
+            owner = max(range(len(optimizers)), key=lambda index: self._weights_in(optimizers[index]))
+            rates[owner].append(max(rates[owner]))
+            fit_compat.add_parameters(optimizers[owner], ratios, rates[owner][-1])
+        if automatic:
+            fit_compat.decay(trainer, optimizers[0], rates[0], self.course.epochs, self.course.steps_per_epoch)
+
+    def _weights_in(self, optimizer: torch.optim.Optimizer) -> int:
+        """How many of the quantized weights an optimizer trains."""
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        quantized = {q.name for q in self.session.select(kind=Kind.WEIGHT)}
+        return sum(name in quantized and id(parameter) in own for name, parameter in self.pl_module.named_parameters())
+
+    def _learn(self) -> None:
+        """Train the scales from now on, if they shall be; of a training that has ended they start where they are."""
+        if not self.settings.qat_learn_scales:
+            return
+        found = [quantizer for quantizer in self.session.quantizers.values() if quantizer.is_learnable]
+        for quantizer in found:
+            if quantizer.learned is None:
+                quantizer.learn()
+        self.course.scales = len(found)
+
+    def _ratios(self) -> list[nn.Parameter]:
+        """What is trained of the scales."""
+        learned = (quantizer.learned for quantizer in self.session.quantizers.values())
+        return [item.ratio for item in learned if item is not None]
+
+    # While it trains.
+
+    def _around(self, call: Callable[[], Any], name: str, batch: Any) -> Any:
+        """One step of the user's with the quantizers on."""
+        if name != "training_step":
+            return self.session.run(call, step=True)
+        if self._teacher is None:
+            return self._training.run(call, step=True)
+        teacher = self._teacher
+        outcome = teacher(lambda: self._training.run(call, step=True))
+        if teacher.refusal:
+            self.course.notes.append(f"Nothing was distilled: {teacher.refusal}.")
+            self._teacher = None
+        return outcome
+
+    @property
+    def epoch(self) -> int:
+        """Number of epochs that were trained with quantizers."""
+        return fit_compat.processed_epochs(self.trainer) - self.course.first
+
+    def on_epoch_start(self) -> None:
+        """Freeze batch normalizations once their share of the epochs is over."""
+        if self.epoch >= self.settings.qat_freeze_batchnorm * self.course.epochs:
+            for module in self._norms:
+                module.eval()
+
+    def on_after_backward(self) -> None:
+        """Average the gradients of the scales over the ranks, as DDP does those of the model's parameters."""
+        ratios = self._ratios()
+        if self.trainer.world_size == 1 or not ratios:
+            return
+        gradients = [ratio.grad if ratio.grad is not None else torch.zeros_like(ratio) for ratio in ratios]
+        joined = torch.cat([gradient.flatten() for gradient in gradients])
+        mean = self.trainer.strategy.reduce(joined, reduce_op="mean")
+        for ratio, part in zip(ratios, mean.split([ratio.numel() for ratio in ratios]), strict=True):
+            ratio.grad = part.view_as(ratio).clone()
+
+    def on_batch_end(self, outputs: Any, batch_idx: int) -> None:
+        """Stop at once where the loss is no number any more."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor) or self.course.stopped:
+            return
+        finite = torch.isfinite(loss.detach()).all()
+        self._finite = finite if self._finite is None else self._finite & finite
+        # Ranks may not stop each for itself: on several devices the end of the epoch is waited for.
+        now = loss.device.type == "cpu" or batch_idx % _NAN_EVERY == 0
+        if now and self.trainer.world_size == 1 and not bool(self._finite):
+            self._diverged(self.epoch + 1)
+
+    def on_validation_end(self) -> None:
+        """Note the score that Lightning's own validation has logged."""
+        value = self.trainer.callback_metrics.get(self.settings.monitor)
+        if value is not None and value.numel() == 1:
+            self._validated = (self.trainer.global_step, float(value))
+
+    def on_epoch_end(self) -> float | None:
+        """Note how the epoch ended; returns the quantized score."""
+        if self.course.stopped:
+            return None
+        if any(gather(not self._is_finite())):
+            self._diverged(self.epoch)
+            return None
+        score = self._score()
+        # The hook runs when the epoch was counted, but before it was completed.
+        self.course.scores[self.epoch] = score
+        direction = self.settings.direction
+        assert self.best is not None
+        if math.isfinite(score) and direction.loss(self.best.score, score) < 0:
+            self.best = self._snapshot(self.epoch, score)
+            self._keep_best()
+        loss = direction.loss(self.aim.reference, score)
+        if self.settings.qat_early_stop and loss <= MARGIN * self.aim.permitted:
+            self.course.stopped = f"the tolerance was met with margin after epoch {self.epoch}"
+        return score
+
+    def _is_finite(self) -> bool:
+        """Whether the losses of the epoch and what was trained are numbers."""
+        seen = self._finite is None or bool(self._finite)
+        return seen and all(bool(p.isfinite().all()) for p in (*self.pl_module.parameters(), *self._ratios()))
+
+    def _score(self) -> float:
+        """The quantized score of the epoch, the same on every rank: Lightning's own, or one of a pass."""
+        known = self._validated
+        values = gather(known[1] if known is not None and known[0] == self.trainer.global_step else None)
+        numbers = [value for value in values if value is not None]
+        if len(numbers) == len(values):
+            return sum(numbers) / len(numbers)
+        try:
+            return self.evaluator.run().score
+        except NonFiniteScoreError:
+            return math.nan
+
+    def _diverged(self, epoch: int) -> None:
+        """Go back to the best state and train no more."""
+        self.course.stopped = f"the loss became NaN or infinite in epoch {epoch}"
+        self.course.notes.append("diverged")
+        self.restore_best()
+        self.trainer.should_stop = True
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss became NaN or infinite."""
+        return "diverged" in self.course.notes
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended before its last epoch."""
+        return bool(self.course.stopped)
+
+    # The best state.
+
+    def _snapshot(self, epoch: int, score: float) -> Best:
+        """The state as it is now."""
+        averages = tuple(tensors_of(module) for module in fit_compat.averages(self.trainer))
+        return Best(epoch, score, tensors_of(self.pl_module), averages, state_of(self.session))
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        """Give the module the weights of the best state, and the quantizers their scales."""
+        best = self.best
+        assert best is not None
+        _copy(best.tensors, self.pl_module)
+        for tensors, module in zip(best.averages, fit_compat.averages(self.trainer), strict=False):
+            _copy(tensors, module)
+        load_state(self.session, best.session)
+        switch_on(self.session)
+
+    def _keep_best(self) -> None:
+        """Write the best state, for a fit that is resumed."""
+        if self.trainer.is_global_zero and self.best is not None:
+            best = self.best
+            values = {
+                "epoch": best.epoch,
+                "score": best.score,
+                "state_dict": dict(best.tensors),
+                "averages": list(best.averages),
+                "session": dict(best.session),
+            }
+            save_atomically(self.directory / "qat_best.ckpt", values)
+
+    def _read_best(self, path: Path) -> Best:
+        """The best state of the fit that is resumed; the present one where it is gone."""
+        try:
+            values = torch.load(path, map_location=self.pl_module.device, weights_only=True)  # type: ignore[arg-type]
+        except OSError:
+            self.course.notes.append(f"The best state before the fit was resumed, {str(path)!r}, is gone.")
+            return self._snapshot(0, self.aim.start)
+        averages = tuple(values["averages"])
+        best = Best(values["epoch"], values["score"], values["state_dict"], averages, values["session"])
+        if best.epoch > max(self.course.scores, default=0):
+            # It was found after the checkpoint that is resumed: that epoch will be trained again.
+            return self._snapshot(0, self.aim.start)
+        return best
+
+    def _fp32_tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the FP32 model, from its checkpoint."""
+        try:
+            state = torch.load(self.fp32_checkpoint, map_location=self.pl_module.device, weights_only=True)  # type: ignore[arg-type]
+        except OSError as error:
+            raise QuantDebugError(
+                f"Distillation needs the FP32 weights, and {str(self.fp32_checkpoint)!r} can not be read: {error}. Put "
+                "the file back, or resume with qat_distillation=0."
+            ) from error
+        return {**tensors_of(self.pl_module), **state["state_dict"]}
+
+    # The end.
+
+    def finish(self) -> Evaluation | None:
+        """Take the best state, and evaluate the quantized model on all of the validation data.
+
+        Returns:
+            The evaluation; ``None`` where the score is no number.
+        """
+        self.restore_best()
+        for module in self._norms:
+            module.eval()
+        try:
+            evaluation = self.evaluator.run()
+            if self.best is not None and self.best.epoch and self.settings.qat_freeze_batchnorm > 0:
+                evaluation = self._with_new_statistics(evaluation)
+        except NonFiniteScoreError:
+            return None
+        finally:
+            self.release()
+        return evaluation
+
+    def _with_new_statistics(self, before: Evaluation) -> Evaluation:
+        """Take the statistics of batch normalizations anew from training batches, if the score is better for it."""
+        if not self._norms:
+            return before
+        buffers = [(module, dict(module.named_buffers())) for module in self._norms]
+        old = [{name: value.clone() for name, value in found.items()} for _, found in buffers]
+        new: list[dict[str, Tensor]] = []
+        momenta = [module.momentum for module in self._norms]
+
+        def around(call: Callable[[], Any], batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+            for module in self._norms:
+                module.train()
+                module.momentum = None  # type: ignore[assignment]  # torch: a plain mean over all batches
+                if batch_idx == 0:
+                    module.reset_running_stats()  # type: ignore[operator]  # a batch normalization has it
+            result = call()
+            new[:] = [{name: value.clone() for name, value in module.named_buffers()} for module in self._norms]
+            return result
+
+        try:
+            self.evaluator.run_unchecked(around, loader="train", limit=_STATISTICS_BATCHES)
+        finally:
+            for module, momentum in zip(self._norms, momenta, strict=True):
+                module.momentum = momentum
+                module.eval()
+        if len(gather(0)) > 1:
+            new = _mean_over_ranks(new)
+        self._write_buffers(new)
+        after = self.evaluator.run()
+        if self.settings.direction.loss(before.score, after.score) < 0:
+            self.course.notes.append("Statistics of batch normalizations were taken anew from training batches.")
+            return after
+        self._write_buffers(old)
+        return before
+
+    @torch.no_grad()
+    def _write_buffers(self, values: list[dict[str, Tensor]]) -> None:
+        """Give the batch normalizations these statistics."""
+        for module, tensors in zip(self._norms, values, strict=True):
+            for name, buffer in module.named_buffers():
+                buffer.copy_(tensors[name])
+
+    def release(self) -> None:
+        """Give module and Trainer back: own steps, modes and limits; weights and scales stay as they are."""
+        self._steps.remove()
+        for module in self._norms:
+            module.train()
+        self._limits.set(self.trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed fit needs, in types that ``torch.load(weights_only=True)`` reads."""
+        course = self.course
+        return {
+            "session": state_of(self.session),
+            "aim": {"reference": self.aim.reference, "permitted": self.aim.permitted, "start": self.aim.start},
+            "course": {**vars(course), "scores": dict(course.scores), "notes": list(course.notes)},
+            "best_file": str((self.directory / "qat_best.ckpt").absolute()),
+            "fp32_checkpoint": str(self.fp32_checkpoint.absolute()),
+        }
+
+
+def _copy(tensors: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Write tensors into the parameters and buffers of a module."""
+    for name, target in (*module.named_parameters(), *module.named_buffers()):
+        target.detach().copy_(tensors[name])
+
+
+def _mean_over_ranks(values: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The mean of each tensor over the ranks, integers as they are."""
+    ranks = gather([{name: value.cpu() for name, value in found.items()} for found in values])
+    return [
+        {
+            name: torch.stack([rank[index][name] for rank in ranks]).mean(0) if value.is_floating_point() else value
+            for name, value in found.items()
+        }
+        for index, found in enumerate(values)
+    ]
+
+
+def save_atomically(path: Path, values: Any) -> None:
+    """Write a file that is whole or not there.
+
+    Raises:
+        QuantDebugError: If it can not be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save(values, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise QuantDebugError(f"Can not write {str(path)!r}: {error}. Give `dirpath` a writable directory.") from error
