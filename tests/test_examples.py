@@ -20,7 +20,7 @@ from lightning_quantdebug.report import Report, StepName, StepVerdict, Verdict
 from lightning_quantdebug.settings import Direction
 
 ROOT = Path(__file__).parent.parent
-BOXES = (StepName.FIX_WEIGHTS, StepName.FIX_ACTIVATIONS, StepName.FIX_QUANTIZERS)
+BOXES = (StepName.FIX_WEIGHTS, StepName.FIX_ACTIVATIONS, StepName.FIX_QUANTIZERS, StepName.QAT)
 RUN_HERE = [StepName.FP32_CHECK, StepName.ACTIVATIONS, StepName.WEIGHTS, StepName.QUANTIZE_MODEL]
 
 
@@ -58,7 +58,7 @@ def check_what_was_written(output: str, directory: Path) -> Report:
     report = Report.from_json(page.with_name("report.json"))
     assert [step.step for step in report.steps if step.score is not None and step.step not in BOXES] == RUN_HERE
     assert report.verdict is not None
-    assert report.verdict.value in ("accepted", "repaired", "not_accepted")
+    assert report.verdict.value in ("accepted", "repaired", "repaired_by_qat", "not_accepted")
     assert list(page.parent.parent.glob("events.out.tfevents.*"))
     assert "tensorboard --logdir" in output
     return report
@@ -83,11 +83,32 @@ def test_of_a_target_that_is_too_narrow_the_guilty_half_is_named_and_remedies_ar
     result = run_example("quickstart.py", "--epochs", "3", "--target", target, "--output", str(tmp_path))
     report = check_what_was_written(result.stdout, tmp_path)
     verdicts = {step.step: step.verdict for step in report.steps}
-    assert report.verdict in (Verdict.REPAIRED, Verdict.NOT_ACCEPTED)
+    assert report.verdict in (Verdict.REPAIRED, Verdict.REPAIRED_BY_QAT, Verdict.NOT_ACCEPTED)
     assert verdicts[guilty] is StepVerdict.FAILED
     assert verdicts[innocent] is StepVerdict.PASSED
     box = {StepName.WEIGHTS: StepName.FIX_WEIGHTS, StepName.ACTIVATIONS: StepName.FIX_ACTIVATIONS}[guilty]
     assert any(item.step == box.value and item.after is not None for item in report.remedies)
+
+
+def test_where_repair_suffices_nothing_is_trained_and_where_it_does_not_training_brings_the_score_back(
+    tmp_path: Path,
+) -> None:
+    result = run_example("qat_fallback.py", "--output", str(tmp_path))
+    found = [Path(line) for line in result.stdout.splitlines() if line.endswith("report.md") and line.startswith("/")]
+    easy, hard = (Report.from_json(page.with_name("report.json")) for page in found)
+    assert easy.verdict in (Verdict.ACCEPTED, Verdict.REPAIRED)
+    assert easy.steps[-1].verdict is StepVerdict.SKIPPED
+    training = hard.steps[-1]
+    assert training.step is StepName.QAT
+    assert hard.verdict is Verdict.REPAIRED_BY_QAT
+    assert hard.baseline is not None
+    assert hard.baseline.score > 0.95
+    assert training.details["start_score"] < hard.baseline.score - 0.02
+    # Within two points of FP32.
+    assert training.score is not None
+    assert training.score > hard.baseline.score - 0.02
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("Best checkpoint, quantized: ")]
+    assert float(line.split()[3].rstrip(";")) == pytest.approx(training.score, abs=6e-4)
 
 
 def test_colour_images_are_read_from_an_npz(tmp_path: Path) -> None:
