@@ -180,14 +180,11 @@ def _in_blocks(slopes: Tensor, values: Tensor, gradient: Tensor, encoding: Encod
     size = BLOCK_SIZE * torch.get_num_threads()
     by_scale = 0.0
     for x, slope, place in zip(*(torch.split(part, size) for part in (values, slopes, target)), strict=True):
-        # Not clipped, an x in steps adds round(x) - x, else the end of the grid: the quantized value less x if it is
-        # not clipped, in both cases. Small differences are summed, not differences of large sums.
+        # The quantized value in steps, less the value itself in steps where it is not clipped.
         steps = x.div(scale)
-        quantized = steps.round().clamp_(low, high)
         torch.ops.aten.hardtanh_backward.grad_input(slope, x, *ends, grad_input=place)
-        is_inside = place.eq(slope)
-        quantized.sub_(steps.mul_(is_inside))
-        by_scale += float(torch.dot(slope, quantized))
+        by_scale -= float(torch.dot(place, steps))
+        by_scale += float(torch.dot(slope, steps.round_().clamp_(low, high)))
     return result, torch.tensor(by_scale)
 
 
