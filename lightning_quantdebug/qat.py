@@ -158,6 +158,7 @@ class Qat:
         self._prepare()
         self.best = self._snapshot(0, self.aim.start)
         self._learn()
+        self._keep_best("qat_start.ckpt")
         self._keep_best()
         self._switch(tensors_of(self.pl_module) if self.settings.qat_distillation else {})
         fit_compat.forget_history(trainer)
@@ -175,6 +176,9 @@ class Qat:
         load_state(self.session, state["session"], learn=True)
         self._learn()
         self.best = self._read_best(Path(state["best_file"]))
+        if self.best.epoch == 0:
+            self._keep_best("qat_start.ckpt")
+        self._keep_best()
         tensors = self._fp32_tensors() if self.settings.qat_distillation else {}
         self._switch(tensors)
 
@@ -365,7 +369,7 @@ class Qat:
         load_state(self.session, best.session)
         switch_on(self.session)
 
-    def _keep_best(self) -> None:
+    def _keep_best(self, name: str = "qat_best.ckpt") -> None:
         """Write the best state, for a fit that is resumed."""
         if self.trainer.is_global_zero and self.best is not None:
             best = self.best
@@ -376,21 +380,25 @@ class Qat:
                 "averages": list(best.averages),
                 "session": dict(best.session),
             }
-            save_atomically(self.directory / "qat_best.ckpt", values)
+            save_atomically(self.directory / name, values)
 
     def _read_best(self, path: Path) -> Best:
-        """The best state of the fit that is resumed; the present one where it is gone."""
-        try:
-            values = torch.load(path, map_location=self.pl_module.device, weights_only=True)  # type: ignore[arg-type]
-        except OSError:
-            self.course.notes.append(f"The best state before the fit was resumed, {str(path)!r}, is gone.")
-            return self._snapshot(0, self.aim.start)
-        averages = tuple(values["averages"])
-        best = Best(values["epoch"], values["score"], values["state_dict"], averages, values["session"])
-        if best.epoch > max(self.course.scores, default=0):
-            # It was found after the checkpoint that is resumed: that epoch will be trained again.
-            return self._snapshot(0, self.aim.start)
-        return best
+        """The best state up to the checkpoint that is resumed.
+
+        Where a later epoch has become the best, which will be trained again, it is the state before the first one;
+        where the files are gone, the state of the checkpoint.
+        """
+        last = max(self.course.scores, default=0)
+        for file in (path, path.with_name("qat_start.ckpt")):
+            try:
+                values = torch.load(file, map_location=self.pl_module.device, weights_only=True)  # type: ignore[arg-type]
+            except OSError:
+                continue
+            if values["epoch"] <= last:
+                averages = tuple(values["averages"])
+                return Best(values["epoch"], values["score"], values["state_dict"], averages, values["session"])
+        self.course.notes.append(f"The best state before the fit was resumed, {str(path)!r}, is gone.")
+        return self._snapshot(max(last, 1), self.course.scores.get(last, self.aim.start))
 
     def _fp32_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the FP32 model, from its checkpoint."""

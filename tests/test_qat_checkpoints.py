@@ -186,11 +186,31 @@ def test_the_schedule_and_momenta_go_on_where_they_were(tmp_path: Path) -> None:
 
 def test_resumed_where_the_best_state_is_gone_it_says_so(tmp_path: Path) -> None:
     fit(tmp_path / "first", debugger(qat_epochs=3), others=[model_checkpoint(tmp_path / "first")])
-    (tmp_path / "first" / "quantdebug" / "qat_best.ckpt").unlink()
+    for name in ("qat_best.ckpt", "qat_start.ckpt"):
+        (tmp_path / "first" / "quantdebug" / name).unlink()
     callback = debugger(qat_epochs=3)
     fit(tmp_path / "second", callback, ckpt_path=saved(tmp_path / "first")[3])
     assert any("is gone" in note for note in qat_step(callback).details["notes"])
     assert callback.report.verdict in (Verdict.NOT_ACCEPTED, Verdict.REPAIRED_BY_QAT)
+
+
+def test_an_epoch_behind_the_checkpoint_is_not_what_a_resumed_fit_ends_with(tmp_path: Path) -> None:
+    class Harmed(learner_class()):  # type: ignore[misc] # the base is chosen at run time
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return -super().training_step(batch, batch_idx)
+
+    first = debugger(qat_epochs=3, qat_lr_factor=0.5)
+    fit(tmp_path / "first", first, others=[model_checkpoint(tmp_path / "first")])
+    assert qat_step(first).details["best_epoch"] == 3
+    assert qat_step(first).details["scores"][1] < qat_step(first).details["start_score"]
+    callback = debugger(qat_epochs=3, qat_lr_factor=0.5)
+    running = fit(tmp_path / "second", callback, Harmed, ckpt_path=saved(tmp_path / "first")[3])
+    step = qat_step(callback)
+    assert step.details["best_epoch"] == 2
+    expected = torch.load(saved(tmp_path / "first")[3], weights_only=True)["state_dict"]
+    found = running.lightning_module.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert step.score == pytest.approx(step.details["scores"][1], rel=1e-6)
 
 
 def test_a_finished_fit_is_resumed_to_its_end_at_once(whole: Any, tmp_path: Path) -> None:
