@@ -144,6 +144,7 @@ class Qat:
         self._norms: list[nn.Module] = []
         self._finite: Tensor | None = None
         self._validated: tuple[int, float] | None = None
+        self._scored_at = -1
 
     # Beginning.
 
@@ -175,7 +176,7 @@ class Qat:
         self._prepare()
         load_state(self.session, state["session"], learn=True)
         self._learn()
-        self.best = self._read_best(Path(state["best_file"]))
+        self.best = self._read_best(Path(state["best_file"]), state["is_scored"])
         if self.best.epoch == 0:
             self._keep_best("qat_start.ckpt")
         self._keep_best()
@@ -306,7 +307,7 @@ class Qat:
             return None
         score = self._score()
         # The hook runs when the epoch was counted, but before it was completed.
-        self.course.scores[self.epoch] = score
+        self.course.scores[self.epoch], self._scored_at = score, self.trainer.global_step
         direction = self.settings.direction
         assert self.best is not None
         if math.isfinite(score) and direction.loss(self.best.score, score) < 0:
@@ -382,23 +383,27 @@ class Qat:
             }
             save_atomically(self.directory / name, values)
 
-    def _read_best(self, path: Path) -> Best:
+    def _read_best(self, path: Path, is_scored: bool) -> Best:
         """The best state up to the checkpoint that is resumed.
 
-        Where a later epoch has become the best, which will be trained again, it is the state before the first one;
-        where the files are gone, the state of the checkpoint.
+        Where a later epoch has become the best, which will be trained again, it is the state before the first one, or
+        that of the checkpoint if the last score is its own and a better one; where the files are gone, the latter.
         """
         last = max(self.course.scores, default=0)
+        score = self.course.scores.get(last, self.aim.start)
+        is_better = is_scored and self.settings.direction.loss(self.aim.start, score) < 0
         for file in (path, path.with_name("qat_start.ckpt")):
             try:
                 values = torch.load(file, map_location=self.pl_module.device, weights_only=True)  # type: ignore[arg-type]
             except OSError:
                 continue
-            if values["epoch"] <= last:
+            if values["epoch"] <= last and not (values["epoch"] == 0 and is_better):
                 averages = tuple(values["averages"])
                 return Best(values["epoch"], values["score"], values["state_dict"], averages, values["session"])
-        self.course.notes.append(f"The best state before the fit was resumed, {str(path)!r}, is gone.")
-        return self._snapshot(max(last, 1), self.course.scores.get(last, self.aim.start))
+        direction = self.settings.direction
+        if not is_better or any(direction.loss(score, other) < 0 for other in self.course.scores.values()):
+            self.course.notes.append(f"The best state before the fit was resumed, {str(path)!r}, is gone.")
+        return self._snapshot(max(last, 1), score)
 
     def _fp32_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the FP32 model, from its checkpoint."""
@@ -488,6 +493,7 @@ class Qat:
             "session": state_of(self.session),
             "aim": {"reference": self.aim.reference, "permitted": self.aim.permitted, "start": self.aim.start},
             "course": {**vars(course), "scores": dict(course.scores), "notes": list(course.notes)},
+            "is_scored": self._scored_at == self.trainer.global_step,
             "best_file": str((self.directory / "qat_best.ckpt").absolute()),
             "fp32_checkpoint": str(self.fp32_checkpoint.absolute()),
         }
