@@ -18,6 +18,7 @@ from lightning_quantdebug.batch_scores import BatchScore
 from lightning_quantdebug.best_weights import checkpoint_callback
 from lightning_quantdebug.calibration import RECORDED_BATCHES, calibration_loader, capture
 from lightning_quantdebug.diagnosis import Diagnosis
+from lightning_quantdebug.errors import SettingsError
 from lightning_quantdebug.evaluation import Evaluation, Evaluator
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.qat import Aim, Course, Qat
@@ -86,8 +87,18 @@ class TrainingPhase:
             fit_compat.asked_at_the_end(trainer, functools.partial(self._is_over, trainer, pl_module))
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check what training will need; go on with it, if the checkpoint that is resumed is one of it."""
+        """Check what training will need; go on with it, if the checkpoint that is resumed is one of it.
+
+        Raises:
+            SettingsError: If it can not train, or the checkpoint is one of a training that may not go on.
+        """
         if not self._may_follow(trainer):
+            if self._state and trainer.ckpt_path is not None:
+                raise SettingsError(
+                    f"The checkpoint {str(trainer.ckpt_path)!r} was written while QAT ran, whose optimizer trains "
+                    "scales as well. Resume it with `qat_epochs` above 0 and when='fit_end', or go on from the FP32 "
+                    f"checkpoint {self._state['fp32_checkpoint']!r}."
+                )
             return
         check_training(trainer, pl_module, self.settings)
         if self._state and trainer.ckpt_path is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quantdebug import QuantDebug
+from lightning_quantdebug.errors import SettingsError
 from lightning_quantdebug.report import StepVerdict, Verdict
 from tests.qat_runs import debugger, equal, fit, learner_class, loader, model_checkpoint, qat_step, tensors
 from tests.torture import lightning, trainer
@@ -212,6 +213,12 @@ def test_an_epoch_behind_the_checkpoint_is_not_what_a_resumed_fit_ends_with(tmp_
     found = running.lightning_module.state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert step.score == pytest.approx(step.details["scores"][1], rel=1e-6)
+
+
+def test_a_checkpoint_of_qat_is_not_resumed_without_it(whole: Any, tmp_path: Path) -> None:
+    path = saved(whole[0])[3]
+    with pytest.raises(SettingsError, match=r"written while QAT ran.*qat_epochs.*fp32.ckpt"):
+        fit(tmp_path, debugger(qat_epochs=0), ckpt_path=path)
 
 
 def test_a_finished_fit_is_resumed_to_its_end_at_once(whole: Any, tmp_path: Path) -> None:
