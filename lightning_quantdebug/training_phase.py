@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -150,11 +151,7 @@ class TrainingPhase:
         worst = math.inf if direction.loss(0.0, math.inf) > 0 else -math.inf
         permitted = self.settings.tolerance.permitted_loss(reference.score)
         aim = Aim(reference.score, permitted, quantized.score if quantized is not None else worst)
-        model_checkpoint = checkpoint_callback(trainer)
-        if model_checkpoint is not None:
-            self.callback.fp32_best_model_path = model_checkpoint.best_model_path
-            score = model_checkpoint.best_model_score
-            self.callback.fp32_best_model_score = None if score is None else float(score)
+        self._keep_fp32_best(trainer)
         qat = Qat(trainer, pl_module, self.settings, diagnosis.session, aim, self.callback.directory(trainer))
         try:
             qat.start()
@@ -169,6 +166,20 @@ class TrainingPhase:
             f"{permitted:.4g}). Up to {qat.course.epochs} QAT epochs follow in this fit; the FP32 model is kept as "
             f"{str(qat.fp32_checkpoint)!r}.",
         )
+
+    def _keep_fp32_best(self, trainer: Any) -> None:
+        """Note what ModelCheckpoint calls the best, and copy it where QAT would write over it."""
+        model_checkpoint = checkpoint_callback(trainer)
+        if model_checkpoint is None:
+            return
+        path, score = model_checkpoint.best_model_path, model_checkpoint.best_model_score
+        if path and model_checkpoint in fit_compat.overwriting_checkpoints(trainer):
+            kept = self.callback.directory(trainer) / "fp32_best.ckpt"
+            if trainer.is_global_zero:
+                shutil.copy2(path, kept)
+            path = str(kept)
+        self.callback.fp32_best_model_path = path
+        self.callback.fp32_best_model_score = None if score is None else float(score)
 
     def _finish(self, trainer: Any) -> None:
         """Take the best state, judge it, and write what came out."""

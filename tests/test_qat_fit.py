@@ -426,6 +426,17 @@ def test_a_checkpoint_that_keeps_only_the_newest_does_not_remove_that_of_fp32(tm
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["epoch=1.ckpt", "epoch=3.ckpt"]
 
 
+def test_a_best_file_that_would_be_written_over_is_copied(tmp_path: Path) -> None:
+    best = model_checkpoint(tmp_path, filename="best", save_top_k=1, enable_version_counter=False)
+    callback = debugger()
+    fit(tmp_path, callback, others=[best])
+    kept = torch.load(callback.fp32_best_model_path, weights_only=True)
+    assert Path(callback.fp32_best_model_path).parent == tmp_path / "quantdebug"
+    assert kept["epoch"] == 1
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["best.ckpt"]
+    assert torch.load(best.best_model_path, weights_only=True)["epoch"] == 1 + qat_step(callback).details["best_epoch"]
+
+
 def test_the_best_weights_of_fp32_are_what_it_starts_from_if_wanted(tmp_path: Path) -> None:
     class Worse(learner_class()):  # type: ignore[misc] # as above
         def training_step(self, batch: Any, batch_idx: int) -> Any:
