@@ -135,8 +135,13 @@ class EffectiveWeights:
         assert variance is not None
         factor = norm_factor(variance, gamma, spot.fold, quantized.dtype)
         inverse = 1 / torch.where(factor == 0, 1.0, factor)
+        # What makes up for quantization counts here too: else the running mean would take the error in that the
+        # correction takes out, and the folded layer would correct it twice.
+        correction = spot.adjustment.bias_correction if spot.adjustment is not None and is_on(spot.quantizer) else None
         if not spot.fold.forward:
-            return scale_outputs(quantized, inverse, spot.fold), bias
+            unfolded = scale_outputs(quantized, inverse, spot.fold)
+            return unfolded, _plus(bias, None if correction is None else correction * inverse)
+        bias = _plus(bias, correction)
         # Of an input that gamma = 0 makes constant the folded weight keeps nothing, but its constant counts.
         constant = scale_inputs(weight, (factor == 0).to(weight.dtype), spot.fold)
         return scale_inputs(quantized, inverse, spot.fold) + constant, bias
@@ -179,6 +184,13 @@ class EffectiveWeights:
         found = getattr(self._owners[path], leaf)
         assert isinstance(found, Tensor)
         return found
+
+
+def _plus(bias: Tensor | None, correction: Tensor | None) -> Tensor | None:
+    """A bias with what is added to it, either of which may be missing."""
+    if bias is None or correction is None:
+        return correction if bias is None else bias
+    return bias + correction.to(bias.dtype)
 
 
 def is_on(quantizer: Quantizer) -> bool:

@@ -173,18 +173,24 @@ def _in_blocks(slopes: Tensor, values: Tensor, gradient: Tensor, encoding: Encod
     """The gradients of a tensor with one scale; each block is read from memory once."""
     scale, low, high = encoding.arithmetic
     assert isinstance(scale, float)
-    ends = encoding.unclipped_float64 if values.dtype == torch.float64 else encoding.unclipped_float32
+    assert isinstance(low, float)
+    assert isinstance(high, float)
+    # Rounded values are integers: half a step of slack; where float32 has no half steps, a few of its own.
+    slack = max(0.5, encoding.num_levels * 2.0**-20)
+    ends = low - slack, high + slack
     result = torch.empty_like(gradient)
     target = dense_view(result)
     assert target is not None
     size = BLOCK_SIZE * torch.get_num_threads()
     by_scale = 0.0
     for x, slope, place in zip(*(torch.split(part, size) for part in (values, slopes, target)), strict=True):
-        # The quantized value in steps, less the value itself in steps where it is not clipped.
+        # The quantized value in steps, less the value itself in steps where it is not clipped: small differences are
+        # summed, as a difference of large sums would have nothing but noise at 16 bits.
         steps = x.div(scale)
-        torch.ops.aten.hardtanh_backward.grad_input(slope, x, *ends, grad_input=place)
-        by_scale -= float(torch.dot(place, steps))
-        by_scale += float(torch.dot(slope, steps.round_().clamp_(low, high)))
+        rounded = steps.round()
+        torch.ops.aten.hardtanh_backward.grad_input(slope, rounded, *ends, grad_input=place)
+        torch.ops.aten.hardtanh_backward.grad_input(steps, rounded, *ends, grad_input=steps)
+        by_scale += float(torch.dot(slope, rounded.clamp_(low, high).sub_(steps)))
     return result, torch.tensor(by_scale)
 
 

@@ -468,6 +468,16 @@ class Qat:
                 module.eval()
         if len(gather(0)) > 1:
             new = _mean_over_ranks(new)
+        # Of an equalized layer the normalization stays folded, and has seen nothing.
+        ran = [bool(values["num_batches_tracked"]) for values in new]
+        new = [fresh if seen else known for fresh, known, seen in zip(new, old, ran, strict=True)]
+        if not all(ran):
+            self.course.notes.append(
+                f"{ran.count(False)} of {len(ran)} batch normalizations belong to equalized layers, which are folded "
+                "all the time: `qat_freeze_batchnorm` does not change them."
+            )
+        if not any(ran):
+            return before
         self._write_buffers(new)
         after = self.evaluator.run()
         if self.settings.direction.loss(before.score, after.score) < 0:

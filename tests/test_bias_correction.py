@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_quantdebug.adjustment import Adjustment, Applied
 from lightning_quantdebug.bias_correction import correct_bias
-from lightning_quantdebug.instrument import instrument
+from lightning_quantdebug.instrument import batch_runs, instrument
 from lightning_quantdebug.instrumentation import Instrumentation
 from tests.mean_errors import (
     W4,
@@ -320,3 +320,26 @@ def test_the_note_has_the_numbers() -> None:
         f"The mean error of the median layer went from {shares[0]:.2%} to {shares[1]:.2%} of its result (root mean "
         "squares) on 2 calibration batches; it fell in 1 of 1 layers."
     )
+
+
+def test_statistics_that_follow_in_training_do_not_correct_a_second_time() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    x = torch.randn(64, 3, 8, 8) + 1.0
+    with torch.no_grad():
+        for _ in range(60):
+            model.train()(x)
+        fp32 = model.eval()(x)
+        with instrument(model, x, "w2a8_per_tensor") as session:
+            session.calibrate([x])
+            session.set_mode("quantize", kind="weight")
+            plain = (model(x) - fp32).mean((0, 2, 3)).abs().mean()
+            session.set_mode("bypass")
+            correct_bias(session, batch_runs(session, [x]))
+            session.set_mode("quantize", kind="weight")
+            corrected = (model(x) - fp32).mean((0, 2, 3)).abs().mean()
+            for _ in range(100):
+                model.train()(x)
+            followed = (model.eval()(x) - fp32).mean((0, 2, 3)).abs().mean()
+    assert corrected < 0.1 * plain
+    assert followed < 0.2 * plain

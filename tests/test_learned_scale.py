@@ -161,6 +161,28 @@ def test_clipped_values_move_the_scale_by_the_end_of_the_grid(per: str) -> None:
     assert for_scale.sum().item() == 7 * 3 - 8 * 7
 
 
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_many_bits_leave_no_noise_of_large_sums(bits: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200_000).relu()
+    gradient = torch.randn(200_000) + 0.3
+    encoding = made(bits, low=0.0, high=float(x.max()))
+    # In steps as the forward has them, in float32; float64 would round some the other way.
+    steps = x / encoding.scale
+    assert float(steps.round().max()) <= float(encoding.highest_step)
+    expected = float(((steps.round() - steps).double() * gradient.double()).sum())
+    assert float(scale_gradients(gradient, x, encoding)[1]) == pytest.approx(expected, rel=2e-3)
+
+
+def test_infinite_values_are_clipped() -> None:
+    x, gradient = torch.tensor([0.4, -math.inf, math.inf, 1.0]), torch.ones(4)
+    encoding = made(4)
+    for_x, for_scale = scale_gradients(gradient, x, encoding)
+    assert for_x.tolist() == [1.0, 0.0, 0.0, 1.0]
+    inside = scale_gradients(torch.ones(2), x[[0, 3]], encoding)[1]
+    assert float(for_scale) == pytest.approx(float(inside) + 10 - 5, rel=1e-6)
+
+
 def test_what_is_on_the_grid_moves_the_scale_by_nothing() -> None:
     encoding = Encoding(QuantSpec(4), torch.tensor(0.5), torch.tensor(5.0))
     x = 0.5 * torch.arange(-5.0, 11.0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from lightning_quantdebug import QuantDebug
+from lightning_quantdebug.adjustment import Adjustment
 from lightning_quantdebug.errors import SettingsError
 from lightning_quantdebug.report import StepVerdict
 from tests.qat_runs import debugger, fit, learner_class, qat_step, tensors
@@ -214,6 +215,23 @@ def test_statistics_are_taken_anew_only_where_that_helps(tmp_path: Path) -> None
     assert norm.training
     fit(tmp_path / "following", following)
     assert qat_step(following).score <= min(qat_step(following).details["scores"]) + 1e-6
+
+
+def test_normalizations_of_equalized_layers_stay_as_they_are(tmp_path: Path) -> None:
+    class Equalizing(lightning().Callback):  # type: ignore[misc] # as above
+        def on_train_epoch_start(self, running: Any, module: Any) -> None:
+            if running.current_epoch == 2:
+                session = callback._training._qat.session
+                first = session.layers[0]
+                session.adjust({first.key: Adjustment(weight_scale=torch.ones(24, 1), bias_scale=torch.ones(24))})
+
+    callback = debugger(qat_freeze_batchnorm=1.0, qat_lr_factor=1.0, qat_early_stop=False)
+    running = fit(tmp_path, callback, others=[Equalizing()])
+    assert qat_step(callback).details["best_epoch"] > 0
+    saved = torch.load(qat_step(callback).details["fp32_checkpoint"], weights_only=True)["state_dict"]
+    assert torch.equal(running.lightning_module.net[1].running_mean, saved["net.1.running_mean"])
+    assert torch.equal(running.lightning_module.net[1].running_var, saved["net.1.running_var"])
+    assert any("1 of 1 batch normalizations" in note for note in qat_step(callback).details["notes"])
 
 
 def refused(tmp_path: Path, callback: QuantDebug, module: Any, **settings: Any) -> str:
