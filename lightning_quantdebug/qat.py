@@ -468,8 +468,8 @@ class Qat:
                 module.eval()
         if len(gather(0)) > 1:
             new = _mean_over_ranks(new)
-        # Of an equalized layer the normalization stays folded, and has seen nothing.
-        ran = [bool(values["num_batches_tracked"]) for values in new]
+        # Of an equalized layer the normalization stays folded, and its statistics are still those of the reset.
+        ran = [bool(values["running_mean"].any() or (values["running_var"] != 1).any()) for values in new]
         new = [fresh if seen else known for fresh, known, seen in zip(new, old, ran, strict=True)]
         if not all(ran):
             self.course.notes.append(
