@@ -40,7 +40,7 @@ from overhead import NETWORKS, batch_for, paired, peak_resident_mib
 from remedies import table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from trained_networks import DATA, Images, MobileNet, _moved, load_images, train
+from trained_networks import DATA, Images, MobileNet, load_images, moved, train
 
 from lightning_quantdebug import Instrumentation, QuantDebug, instrument
 from lightning_quantdebug.report import StepName
@@ -199,7 +199,7 @@ class Classifier(pl.LightningModule):
         return self.net(x)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(_moved(batch[0])), batch[1])
+        return F.cross_entropy(self(moved(batch[0])), batch[1])
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         logits = self(batch[0])

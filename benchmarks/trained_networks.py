@@ -69,13 +69,13 @@ def train(images: Images, epochs: int = 5, seed: int = 0) -> MobileNet:
     for _ in range(epochs):
         for chosen in torch.randperm(len(images.y_train)).split(64):
             optimizer.zero_grad()
-            F.cross_entropy(net(_moved(images.x_train[chosen])), images.y_train[chosen]).backward()
+            F.cross_entropy(net(moved(images.x_train[chosen])), images.y_train[chosen]).backward()
             optimizer.step()
             schedule.step()
     return net.eval()
 
 
-def _moved(x: Tensor) -> Tensor:
+def moved(x: Tensor) -> Tensor:
     """The batch, flipped at random and shifted by up to 3 pixels."""
     flipped = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x, x.flip(3))
     row, column = torch.randint(0, 7, (2,)).tolist()

@@ -302,12 +302,13 @@ class QuantDebug(CallbackBase):
 
     # The walk.
 
-    def walk(self, trainer: Any, pl_module: Any) -> None:
-        """Walk, write what came out, and say it; a failure of the tool is no failure of the run."""
+    def walk(self, trainer: Any, pl_module: Any) -> Diagnosis | None:
+        """Walk, write what came out, and say it; a failure of the tool, ``None``, is no failure of the run."""
         with self.harmless(trainer):
-            self._diagnose(trainer, pl_module)
+            return self._diagnose(trainer, pl_module)
+        return None
 
-    def _diagnose(self, trainer: Any, pl_module: Any) -> None:
+    def _diagnose(self, trainer: Any, pl_module: Any) -> Diagnosis:
         """One walk with progress, whatever it ends with."""
         directory = self.directory(trainer)
         rank_zero = trainer.is_global_zero
@@ -340,9 +341,9 @@ class QuantDebug(CallbackBase):
                 raise
             finally:
                 self.write(trainer, directory, diagnosis.session)
-            self._training.walked(diagnosis)
         if not diagnosis.wants_training:
             self.say(trainer)
+        return diagnosis
 
     def _evaluator(self, trainer: Any, pl_module: Any, limit_batches: int | float | None = None) -> Evaluator:
         """What runs the user's validation."""

@@ -27,7 +27,7 @@ from lightning_quantdebug.fp32_check import Fp32Check, Reference, first_non_fini
 from lightning_quantdebug.instrument import Instrumentation
 from lightning_quantdebug.observer import Histogram
 from lightning_quantdebug.own_quantizers import find_own_quantizers, own_quantizers
-from lightning_quantdebug.paired_loss import interaction, loss_interval
+from lightning_quantdebug.paired_loss import interaction, judged_step
 from lightning_quantdebug.plausibility import (
     chance_warning,
     direction_warning,
@@ -37,7 +37,7 @@ from lightning_quantdebug.plausibility import (
     too_few_samples,
 )
 from lightning_quantdebug.quantizer_steps import QuantizerWork, fix_quantizers, per_quantizer
-from lightning_quantdebug.rank_agreement import gather, led_by_rank_zero
+from lightning_quantdebug.rank_agreement import gather, is_spent, led_by_rank_zero
 from lightning_quantdebug.repair import Repair, Workbench
 from lightning_quantdebug.report import (
     Baseline,
@@ -65,8 +65,7 @@ _CALIBRATED_ON_VALIDATION = (
     "`calibration`."
 )
 
-
-_NOT_TRAINED = "QAT runs in `trainer.fit`: add the callback to the Trainer that trains the model."
+TRAINED_IN_FIT = "QAT runs in `trainer.fit`: add the callback to the Trainer that trains the model."
 
 
 class Diagnosis:
@@ -105,7 +104,7 @@ class Diagnosis:
         progress: Callable[[int, int], None] = lambda done, total: None,
         directory: Path | None = None,
         tell: Callable[[str], None] = lambda text: None,
-        reason_not_to_train: Callable[[], str | None] = lambda: _NOT_TRAINED,
+        reason_not_to_train: Callable[[], str | None] = lambda: TRAINED_IN_FIT,
     ) -> None:
         """Nothing runs yet."""
         self.evaluator = evaluator
@@ -174,8 +173,7 @@ class Diagnosis:
     @property
     def is_late(self) -> bool:
         """Whether the time budget is spent, on any rank: all must take the same way."""
-        budget = self.settings.max_time
-        return budget is not None and any(gather(time.monotonic() - self.started >= budget.total_seconds()))
+        return is_spent(self.settings.max_time, self.started)
 
     def _too_late(self) -> str:
         """Why a step was not run, and what to do."""
@@ -283,7 +281,7 @@ class Diagnosis:
             except NonFiniteScoreError:
                 return self._without_score(name, self.evaluator)
         self._measured[kind] = evaluation
-        return self._judged(name, reference, evaluation)
+        return judged_step(name, reference, evaluation, self.settings)
 
     def _fix(self, name: StepName) -> Step:
         """Try the remedies of a box; at its end, know again how weights and activations stand together."""
@@ -355,7 +353,7 @@ class Diagnosis:
             if kind is not None and standing["both"]["verdict"] != StepVerdict.FAILED.value:
                 break
             try:
-                step = self._judged(StepName.QUANTIZE_MODEL, reference, self._evaluation_of(kind))
+                step = judged_step(StepName.QUANTIZE_MODEL, reference, self._evaluation_of(kind), self.settings)
             except NonFiniteScoreError:
                 step = Step(StepName.QUANTIZE_MODEL, StepVerdict.FAILED)
             standing[key] = _standing_of(step)
@@ -408,7 +406,8 @@ class Diagnosis:
                     return self._without_score(StepName.QUANTIZE_MODEL, self.acceptance)
         self.accepted = (reference, evaluation)
         self.advance()
-        step = self._accepted(self._judged(StepName.QUANTIZE_MODEL, reference, evaluation), reference, evaluation)
+        step = judged_step(StepName.QUANTIZE_MODEL, reference, evaluation, self.settings)
+        step = self._accepted(step, reference, evaluation)
         few = too_few_samples(self.report, step, evaluation.samples, self.settings)
         self.report = self.report.with_findings(*few)
         if step.verdict is StepVerdict.NOISE:
@@ -453,14 +452,6 @@ class Diagnosis:
         assert self.session is not None
         assert self._reference is not None
         return self.session, self._reference
-
-    def _judged(self, name: StepName, reference: Evaluation, evaluation: Evaluation) -> Step:
-        """A step from its score."""
-        direction = self.settings.direction
-        loss = direction.loss(reference.score, evaluation.score)
-        interval = loss_interval(reference, evaluation, direction)
-        permitted = self.settings.tolerance.permitted_loss(reference.score)
-        return Step(name, judge(loss, interval, permitted), evaluation.score, loss, interval)
 
     def _without_score(self, name: StepName, evaluator: Evaluator) -> Step:
         """A step whose score, with the quantizers as they are, is NaN or infinite."""

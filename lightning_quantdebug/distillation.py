@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.model_loan import eval_mode
 from lightning_quantdebug.network_outputs import network_outputs
-from lightning_quantdebug.operations import tensors_in
+from lightning_quantdebug.traces import tensors_of
 
 
 class Teacher:
@@ -28,7 +28,7 @@ class Teacher:
     Args:
         session: The instrumentation that training steps run in.
         weight: Weight of the divergence in the loss.
-        tensors: Parameters and buffers of the FP32 network by name, as in :func:`tensors_of`.
+        tensors: Parameters and buffers of the FP32 network by name, as in :func:`copies_of`.
 
     Attributes:
         refusal: Why there is nothing to distil, ``""`` if there is: no output is a set of classes, or no module that a
@@ -77,7 +77,7 @@ class Teacher:
     def _find(self, calls: list[Any], logits: list[Tensor]) -> Any:
         """The outermost call that returned the logits; it returned last."""
         found = logits[-1] if logits else None
-        returned = [call for call in calls if any(item is found for _, item in tensors_in((call[3],), {}))]
+        returned = [call for call in calls if any(item is found for item in tensors_of(call[3]))]
         if not returned:
             if self._owner is None:
                 self.refusal = "no module that the training step calls returns the logits"
@@ -91,12 +91,12 @@ class Teacher:
     def _with_divergence(self, outcome: Any, call: Any, logits: Tensor) -> Any:
         """The step's outcome with the divergence in its loss."""
         module, args, kwargs, result = call
-        position = next(index for index, (_, item) in enumerate(tensors_in((result,), {})) if item is logits)
+        position = next(index for index, item in enumerate(tensors_of(result)) if item is logits)
         prefix = f"{self._path}." if self._path else ""
         own = {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
         with torch.no_grad(), eval_mode(module):
             taught = torch.func.functional_call(module, own, args, kwargs)
-        teacher = list(tensors_in((taught,), {}))[position][1]
+        teacher = list(tensors_of(taught))[position]
         assert self._output is not None
         divergence = self.weight * kl_divergence(teacher, logits, self._output.class_axis or 0)
         if isinstance(outcome, Mapping):
@@ -120,7 +120,7 @@ def kl_divergence(teacher: Tensor, student: Tensor, axis: int) -> Tensor:
     return F.kl_div(found, expected, reduction="none", log_target=True).sum(axis).mean()
 
 
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+def copies_of(module: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters and buffers by name."""
     named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
     return {name: tensor.detach().clone() for name, tensor in named}

@@ -138,10 +138,11 @@ class EffectiveWeights:
         # What makes up for quantization counts here too: else the running mean would take the error in that the
         # correction takes out, and the folded layer would correct it twice.
         correction = spot.adjustment.bias_correction if spot.adjustment is not None and is_on(spot.quantizer) else None
+        if correction is not None:
+            unfolded = correction if spot.fold.forward else correction * inverse
+            bias = Adjustment(bias_correction=unfolded).bias(bias, corrected=True)
         if not spot.fold.forward:
-            unfolded = scale_outputs(quantized, inverse, spot.fold)
-            return unfolded, _plus(bias, None if correction is None else correction * inverse)
-        bias = _plus(bias, correction)
+            return scale_outputs(quantized, inverse, spot.fold), bias
         # Of an input that gamma = 0 makes constant the folded weight keeps nothing, but its constant counts.
         constant = scale_inputs(weight, (factor == 0).to(weight.dtype), spot.fold)
         return scale_inputs(quantized, inverse, spot.fold) + constant, bias
@@ -184,13 +185,6 @@ class EffectiveWeights:
         found = getattr(self._owners[path], leaf)
         assert isinstance(found, Tensor)
         return found
-
-
-def _plus(bias: Tensor | None, correction: Tensor | None) -> Tensor | None:
-    """A bias with what is added to it, either of which may be missing."""
-    if bias is None or correction is None:
-        return correction if bias is None else bias
-    return bias + correction.to(bias.dtype)
 
 
 def is_on(quantizer: Quantizer) -> bool:

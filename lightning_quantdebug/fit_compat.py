@@ -10,10 +10,8 @@ epochs. As in :mod:`~lightning_quantdebug.lightning_compat`, everything that Lig
 from __future__ import annotations
 
 import functools
-import importlib
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +45,7 @@ def no_more_asked(trainer: TrainerLike) -> None:
 
 
 def ends_by_itself(trainer: TrainerLike) -> bool:
-    """Whether the fit runs to an end of its own: no Ctrl-C, no signal to leave, no tuner's trial."""
+    """Whether the fit runs to an end of its own: no Ctrl-C, no signal to leave."""
     return not (trainer.interrupted or trainer.received_sigterm or trainer.sanity_checking)
 
 
@@ -124,10 +122,8 @@ def decay(
         group["lr"] = torch.tensor(rate) if isinstance(group["lr"], torch.Tensor) else rate
     share = functools.partial(_half_cosine, epochs * (steps_per_epoch or 1))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-    package = compat.namespace_of(trainer).__name__
-    config = importlib.import_module(f"{package}.utilities.types").LRSchedulerConfig
     interval = "epoch" if steps_per_epoch is None else "step"
-    trainer.strategy.lr_scheduler_configs = [config(scheduler, interval=interval)]
+    trainer.strategy.lr_scheduler_configs = [compat.scheduler_config(trainer, scheduler, interval)]
 
 
 def _half_cosine(total: int, step: int) -> float:
@@ -168,8 +164,8 @@ def rename_rates(trainer: TrainerLike) -> None:
 
 def time_is_up(trainer: TrainerLike) -> bool:
     """Whether a Timer (``Trainer(max_time=...)``) has ended the fit."""
-    timers = [callback for callback in trainer.callbacks if foreign_isinstance(callback, "Timer")]
-    return any((timer.time_remaining() or 0.0) <= 0.0 for timer in timers if timer.time_remaining() is not None)
+    timers = (callback for callback in trainer.callbacks if foreign_isinstance(callback, "Timer"))
+    return any(left is not None and left <= 0.0 for left in (timer.time_remaining() for timer in timers))
 
 
 def forget_history(trainer: TrainerLike) -> None:
@@ -188,10 +184,9 @@ def forget_history(trainer: TrainerLike) -> None:
             callback.kth_value = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
 
 
-def overwriting_checkpoints(trainer: TrainerLike) -> list[Any]:
-    """ModelCheckpoints that would write over a file of an earlier epoch instead of numbering theirs."""
-    found = [callback for callback in trainer.callbacks if foreign_isinstance(callback, "ModelCheckpoint")]
-    return [callback for callback in found if not getattr(callback, "_enable_version_counter", True)]
+def writes_over(model_checkpoint: Any) -> bool:
+    """Whether a ModelCheckpoint writes over a file of an earlier epoch instead of numbering its own."""
+    return not getattr(model_checkpoint, "_enable_version_counter", True)
 
 
 def use_averages(trainer: TrainerLike, pl_module: ModuleLike, copy: bool = True) -> None:
@@ -219,12 +214,7 @@ def _averaging(trainer: TrainerLike) -> list[Any]:
     return [callback for callback in found if callback._average_model is not None]
 
 
-@contextmanager
-def configuring(trainer: TrainerLike, pl_module: ModuleLike) -> Iterator[Any]:
+def configured_again(pl_module: ModuleLike) -> Any:
     """What ``configure_optimizers`` returns when it is asked once more, the module's hook name being set for it."""
-    before = pl_module._current_fx_name
-    pl_module._current_fx_name = "configure_optimizers"
-    try:
-        yield pl_module.configure_optimizers()
-    finally:
-        pl_module._current_fx_name = before
+    with compat.replaced(pl_module, "_current_fx_name", "configure_optimizers"):
+        return pl_module.configure_optimizers()

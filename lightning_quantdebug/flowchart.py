@@ -194,18 +194,13 @@ def _reason_to_skip(report: Report, step: StepName) -> str | None:
         return None
     if step in (StepName.PER_QUANTIZER, StepName.VISUALIZE, StepName.FIX_QUANTIZERS) and _passes(both):
         return "Weights and activations together stay within the tolerance: no quantizer is to blame."
-    if step is StepName.QAT and _is_good(report, StepName.QUANTIZE_MODEL):
+    if step is StepName.QAT:
         whole = report.step(StepName.QUANTIZE_MODEL)
         if whole is not None and whole.verdict is StepVerdict.NOISE:
             return "The loss can not be told from zero with these samples: training could not be judged either."
-        return "The quantized model is accepted: there is nothing to train."
+        if whole is not None and whole.verdict is StepVerdict.PASSED:
+            return "The quantized model is accepted: there is nothing to train."
     return None
-
-
-def _is_good(report: Report, step: StepName) -> bool:
-    """Whether a step ended well."""
-    record = report.step(step)
-    return record is not None and record.verdict in _GOOD
 
 
 def _latest(report: Report, name: str) -> str | None:

@@ -26,10 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quantdebug.encoding import Encoding
-from lightning_quantdebug.errors import SettingsError
 from lightning_quantdebug.fake_quantize import (
     BLOCK_SIZE,
-    FLOAT_DTYPES,
     broadcast_operands,
     dense_view,
     fake_quantize,
@@ -68,6 +66,7 @@ class LearnedScale:
         self.ratio = nn.Parameter(torch.ones_like(start.scale))
         self.count: int | None = None
         self._known: tuple[int, torch.device, Encoding] | None = None
+        self._unit: Tensor | None = None
 
     @property
     def version(self) -> int:
@@ -89,7 +88,7 @@ class LearnedScale:
         """Go on from a ratio that was trained before, and the number of values that its gradient was scaled with."""
         with torch.no_grad():
             self.ratio.copy_(ratio)
-        self.count = count
+        self.count, self._unit = count, None
 
     def gradient_scale(self) -> float:
         """``1 / sqrt(N * Q)``: ``Q`` is the highest level in steps from zero (of an asymmetric grid the farther end).
@@ -119,12 +118,10 @@ class LearnedScale:
         encoding = self.encoding
         if not torch.is_grad_enabled() or is_transformed(x):
             return fake_quantize(x, encoding)
-        if x.dtype not in FLOAT_DTYPES:
-            raise SettingsError(
-                f"Only float tensors can be quantized ({', '.join(map(str, FLOAT_DTYPES))}): {x.dtype}."
-            )
-        unit = self.gradient_scale() / self.start.scale
-        quantized: Tensor = _Learned.apply(x, self.ratio, encoding, unit)  # type: ignore[no-untyped-call]
+        if self._unit is None or self._unit.device != x.device:
+            self._unit = self.gradient_scale() / self.start.scale
+        arguments = (x, self.ratio, encoding, self._unit)
+        quantized: Tensor = _Learned.apply(*arguments)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return quantized
 
 
@@ -159,7 +156,9 @@ def scale_gradients(gradient: Tensor, x: Tensor, encoding: Encoding) -> tuple[Te
 
     Source: Esser et al. 2020, equations 3 and 5.
     """
-    is_plain = type(x) is Tensor and x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu"
+    is_plain = (
+        type(x) in (Tensor, nn.Parameter) and x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu"
+    )
     if is_plain and encoding.channel_axis is None and gradient.dtype == x.dtype:
         if x.stride() != gradient.stride():
             gradient = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(gradient)
@@ -203,8 +202,10 @@ def _at_once(gradient: Tensor, x: Tensor, encoding: Encoding) -> tuple[Tensor, T
     rounded = steps.round()
     # As in `fake_quantize`, a NaN is not clipped.
     is_clipped = (rounded < low) | (rounded > high)
-    difference = rounded.clamp(low, high) - torch.where(is_clipped, torch.zeros_like(steps), steps)  # type: ignore[arg-type]
-    for_x = torch.where(is_clipped, torch.zeros_like(slopes), slopes).reshape(x.shape).to(gradient.dtype)
+    # torch's stub wants two numbers or two tensors and can not be told that they are of one kind.
+    nearest = rounded.clamp(low, high)  # type: ignore[arg-type]
+    difference = nearest - steps.masked_fill(is_clipped, 0.0)
+    for_x = slopes.masked_fill(is_clipped, 0.0).reshape(x.shape).to(gradient.dtype)
     products = slopes * difference
     if encoding.channel_axis is None:
         return for_x, products.sum().float()

@@ -145,6 +145,11 @@ def silent_profiler(trainer: TrainerLike) -> Any:
     return _member(trainer, "profilers", "PassThroughProfiler")()
 
 
+def scheduler_config(trainer: TrainerLike, scheduler: Any, interval: str) -> Any:
+    """What the Trainer steps a scheduler by, each ``"step"`` or ``"epoch"``."""
+    return _member(trainer, "utilities.types", "LRSchedulerConfig")(scheduler, interval=interval)
+
+
 def live_progress(trainer: TrainerLike) -> Any:
     """The live display of the Trainer's RichProgressBar while it is open, else ``None``."""
     bar = trainer.progress_bar_callback

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_quantdebug.evaluation import Evaluation
-from lightning_quantdebug.settings import Direction
+from lightning_quantdebug.flowchart import judge
+from lightning_quantdebug.report import Step, StepName
+from lightning_quantdebug.settings import Direction, Settings
 from lightning_quantdebug.statistics import paired_interval
 
 
@@ -41,6 +43,22 @@ def loss_interval(
     mean = sum(d * w for d, w in zip(differences, weights, strict=True)) / sum(weights)
     shift = direction.loss(reference.score, evaluation.score) - mean
     return interval[0] + shift, interval[1] + shift
+
+
+def judged_step(name: StepName, reference: Evaluation, evaluation: Evaluation, settings: Settings) -> Step:
+    """A step of the report from its score.
+
+    Args:
+        name: The step.
+        reference: FP32.
+        evaluation: The same batches, quantized.
+        settings: Direction of the score and tolerance.
+    """
+    direction = settings.direction
+    loss = direction.loss(reference.score, evaluation.score)
+    interval = loss_interval(reference, evaluation, direction)
+    permitted = settings.tolerance.permitted_loss(reference.score)
+    return Step(name, judge(loss, interval, permitted), evaluation.score, loss, interval)
 
 
 def interaction(

@@ -17,9 +17,8 @@ epoch counts as one, so that a training that only harms leaves the model as it w
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,22 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quantdebug import fit_compat
+from lightning_quantdebug.best_state import Best
 from lightning_quantdebug.best_weights import load_best_weights
-from lightning_quantdebug.distillation import Teacher, tensors_of
+from lightning_quantdebug.distillation import Teacher, copies_of
 from lightning_quantdebug.errors import NonFiniteScoreError, QuantDebugError
 from lightning_quantdebug.evaluation import Evaluation, Evaluator
 from lightning_quantdebug.instrumentation import Instrumentation
-from lightning_quantdebug.quantized_steps import CoveredSteps, switch_on, training_session, untrained
+from lightning_quantdebug.interception import clean_path
+from lightning_quantdebug.quantized_steps import CoveredSteps, training_session, untrained
 from lightning_quantdebug.rank_agreement import gather
 from lightning_quantdebug.session_state import load_state, state_of
 from lightning_quantdebug.settings import Settings
-from lightning_quantdebug.target import Kind
+from lightning_quantdebug.target import Kind, Mode
+from lightning_quantdebug.trained_norms import TrainedNorms
 
 # With `qat_early_stop` the loss must be at most this share of the permitted one: another set of samples shall pass too.
 MARGIN = 0.5
-# Batches from which the statistics of batch normalizations are taken anew.
-_STATISTICS_BATCHES = 32
 # The loss is asked for NaN every so many batches: on an accelerator each question waits for the device.
 _NAN_EVERY = 16
 
@@ -61,25 +61,6 @@ class Aim:
     start: float
 
 
-@dataclass(frozen=True, eq=False)
-class Best:
-    """The state with the best quantized score so far.
-
-    Attributes:
-        epoch: Number of epochs that it was trained for; 0: it is the state before the first.
-        score: Its quantized score.
-        tensors: Parameters and buffers of the module.
-        averages: Those of each averaged copy.
-        session: Scales, as :func:`~lightning_quantdebug.session_state.state_of` has them.
-    """
-
-    epoch: int
-    score: float
-    tensors: Mapping[str, Tensor]
-    averages: tuple[Mapping[str, Tensor], ...]
-    session: Mapping[str, Any]
-
-
 @dataclass
 class Course:
     """How a training went.
@@ -92,6 +73,7 @@ class Course:
         rate: Learning rate at the start, the highest of all groups.
         scales: Number of quantizers whose scale is trained.
         stopped: Why it ended before its last epoch, ``""`` if it did not.
+        diverged: Whether that was a loss that is no number.
         notes: What the reader must know.
     """
 
@@ -102,6 +84,7 @@ class Course:
     rate: float = 0.0
     scales: int = 0
     stopped: str = ""
+    diverged: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -121,7 +104,7 @@ class Qat:
     def __init__(
         self,
         trainer: Any,
-        pl_module: nn.Module,
+        pl_module: Any,
         settings: Settings,
         session: Instrumentation,
         aim: Aim,
@@ -139,13 +122,13 @@ class Qat:
             fit_compat.processed_epochs(trainer), settings.qat_epochs, fit_compat.steps_per_epoch(trainer)
         )
         self.fp32_checkpoint = directory / "fp32.ckpt"
-        self.best: Best | None = None
+        self._best: Best | None = None
         self.evaluator = Evaluator(trainer, pl_module, settings.monitor)
         self._training = session
         self._teacher: Teacher | None = None
         self._steps = CoveredSteps(trainer, pl_module, self._around)
         self._limits = fit_compat.Limits.of(trainer)
-        self._norms: list[nn.Module] = []
+        self._norms = TrainedNorms(pl_module)
         self._finite: Tensor | None = None
         self._validated: tuple[int, float] | None = None
         self._scored_at = -1
@@ -160,12 +143,9 @@ class Qat:
             load_best_weights(trainer, self.pl_module)
         fit_compat.use_averages(trainer, self.pl_module, copy=not restores)
         trainer.save_checkpoint(self.fp32_checkpoint)
-        self._prepare()
-        self.best = self._snapshot(0, self.aim.start)
+        self._take_best(self._now(0, self.aim.start))
         self._learn()
-        self._keep_best("qat_start.ckpt")
-        self._keep_best()
-        self._switch(tensors_of(self.pl_module) if self.settings.qat_distillation else {})
+        self._switch(copies_of(self.pl_module) if self.settings.qat_distillation else {})
         fit_compat.forget_history(trainer)
         fit_compat.rename_rates(trainer)
         fit_compat.complete_epochs(trainer)
@@ -177,20 +157,11 @@ class Qat:
             state: What :meth:`state_dict` returned.
         """
         self.fp32_checkpoint = Path(state["fp32_checkpoint"])
-        self._prepare()
         load_state(self.session, state["session"], learn=True)
         self._learn()
-        self.best = self._read_best(Path(state["best_file"]), state["is_scored"])
-        if self.best.epoch == 0:
-            self._keep_best("qat_start.ckpt")
-        self._keep_best()
+        self._take_best(self._known_best(Path(state["best_file"]), state["is_scored"]))
         tensors = self._fp32_tensors() if self.settings.qat_distillation else {}
         self._switch(tensors)
-
-    def _prepare(self) -> None:
-        """What training needs besides the session."""
-        norms = [m for m in self.pl_module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self._norms = [module for module in norms if module.training and module.running_mean is not None]
 
     def _switch(self, teacher: Mapping[str, Tensor]) -> None:
         """Loop, optimizers and steps as training with quantizers needs them."""
@@ -206,7 +177,7 @@ class Qat:
         self._set_rates()
         if teacher:
             self._teacher = Teacher(self._training, settings.qat_distillation, teacher)
-        switch_on(self.session)
+        self.session.set_mode(Mode.QUANTIZE)
         self._steps.install()
 
     def _set_rates(self) -> None:
@@ -230,7 +201,8 @@ class Qat:
         """How many of the quantized weights an optimizer trains."""
         own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         quantized = {q.name for q in self.session.select(kind=Kind.WEIGHT)}
-        return sum(name in quantized and id(parameter) in own for name, parameter in self.pl_module.named_parameters())
+        named = self.pl_module.named_parameters()
+        return sum(clean_path(name) in quantized and id(parameter) in own for name, parameter in named)
 
     def _learn(self) -> None:
         """Train the scales from now on, if they shall be; of a training that has ended they start where they are."""
@@ -270,8 +242,7 @@ class Qat:
     def on_epoch_start(self) -> None:
         """Freeze batch normalizations once their share of the epochs is over."""
         if self.epoch >= self.settings.qat_freeze_batchnorm * self.course.epochs:
-            for module in self._norms:
-                module.eval()
+            self._norms.freeze()
 
     def on_after_backward(self) -> None:
         """Average the gradients of the scales over the ranks, as DDP does those of the model's parameters."""
@@ -313,10 +284,8 @@ class Qat:
         # The hook runs when the epoch was counted, but before it was completed.
         self.course.scores[self.epoch], self._scored_at = score, self.trainer.global_step
         direction = self.settings.direction
-        assert self.best is not None
         if math.isfinite(score) and direction.loss(self.best.score, score) < 0:
-            self.best = self._snapshot(self.epoch, score)
-            self._keep_best()
+            self._take_best(self._now(self.epoch, score))
         loss = direction.loss(self.aim.reference, score)
         if self.settings.qat_early_stop and loss <= MARGIN * self.aim.permitted:
             self.course.stopped = f"the tolerance was met with margin after epoch {self.epoch}"
@@ -342,14 +311,9 @@ class Qat:
     def _diverged(self, epoch: int) -> None:
         """Go back to the best state and train no more."""
         self.course.stopped = f"the loss became NaN or infinite in epoch {epoch}"
-        self.course.notes.append("diverged")
+        self.course.diverged = True
         self.restore_best()
         self.trainer.should_stop = True
-
-    @property
-    def diverged(self) -> bool:
-        """Whether the loss became NaN or infinite."""
-        return "diverged" in self.course.notes
 
     @property
     def is_over(self) -> bool:
@@ -358,67 +322,55 @@ class Qat:
 
     # The best state.
 
-    def _snapshot(self, epoch: int, score: float) -> Best:
-        """The state as it is now."""
-        averages = tuple(tensors_of(module) for module in fit_compat.averages(self.trainer))
-        return Best(epoch, score, tensors_of(self.pl_module), averages, state_of(self.session))
+    @property
+    def best(self) -> Best:
+        """The state with the best quantized score so far."""
+        assert self._best is not None
+        return self._best
 
-    @torch.no_grad()
+    def _now(self, epoch: int, score: float) -> Best:
+        """The state as it is now."""
+        return Best.of(epoch, score, self.trainer, self.pl_module, self.session)
+
+    def _take_best(self, best: Best) -> None:
+        """Remember a state, here and in a file for a fit that is resumed; the one before training in a second file."""
+        self._best = best
+        names = ["qat_best.ckpt"] if best.epoch else ["qat_best.ckpt", "qat_start.ckpt"]
+        for name in names if self.trainer.is_global_zero else []:
+            best.write(self.directory / name)
+
     def restore_best(self) -> None:
         """Give the module the weights of the best state, and the quantizers their scales."""
-        best = self.best
-        assert best is not None
-        _copy(best.tensors, self.pl_module)
-        for tensors, module in zip(best.averages, fit_compat.averages(self.trainer), strict=False):
-            _copy(tensors, module)
-        load_state(self.session, best.session)
-        switch_on(self.session)
+        self.best.restore(self.trainer, self.pl_module, self.session)
 
-    def _keep_best(self, name: str = "qat_best.ckpt") -> None:
-        """Write the best state, for a fit that is resumed."""
-        if self.trainer.is_global_zero and self.best is not None:
-            best = self.best
-            values = {
-                "epoch": best.epoch,
-                "score": best.score,
-                "state_dict": dict(best.tensors),
-                "averages": list(best.averages),
-                "session": dict(best.session),
-            }
-            save_atomically(self.directory / name, values)
-
-    def _read_best(self, path: Path, is_scored: bool) -> Best:
+    def _known_best(self, path: Path, is_scored: bool) -> Best:
         """The best state up to the checkpoint that is resumed.
 
         Where a later epoch has become the best, which will be trained again, it is the state before the first one, or
         that of the checkpoint if the last score is its own and a better one; where the files are gone, the latter.
         """
-        last = max(self.course.scores, default=0)
-        score = self.course.scores.get(last, self.aim.start)
-        is_better = is_scored and self.settings.direction.loss(self.aim.start, score) < 0
+        scores, direction = self.course.scores, self.settings.direction
+        last = max(scores, default=0)
+        score = scores.get(last, self.aim.start)
+        is_better = is_scored and direction.loss(self.aim.start, score) < 0
         for file in (path, path.with_name("qat_start.ckpt")):
-            try:
-                values = torch.load(file, map_location=self.pl_module.device, weights_only=True)  # type: ignore[arg-type]
-            except OSError:
-                continue
-            if values["epoch"] <= last and not (values["epoch"] == 0 and is_better):
-                averages = tuple(values["averages"])
-                return Best(values["epoch"], values["score"], values["state_dict"], averages, values["session"])
-        direction = self.settings.direction
-        if not is_better or any(direction.loss(score, other) < 0 for other in self.course.scores.values()):
+            best = Best.read(file, self.pl_module.device)
+            if best is not None and best.epoch <= last and not (best.epoch == 0 and is_better):
+                return best
+        if not is_better or any(direction.loss(score, other) < 0 for other in scores.values()):
             self.course.notes.append(f"The best state before the fit was resumed, {str(path)!r}, is gone.")
-        return self._snapshot(max(last, 1), score)
+        return self._now(max(last, 1), score)
 
     def _fp32_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the FP32 model, from its checkpoint."""
         try:
-            state = torch.load(self.fp32_checkpoint, map_location=self.pl_module.device, weights_only=True)  # type: ignore[arg-type]
+            state = torch.load(self.fp32_checkpoint, map_location=self.pl_module.device, weights_only=True)
         except OSError as error:
             raise QuantDebugError(
                 f"Distillation needs the FP32 weights, and {str(self.fp32_checkpoint)!r} can not be read: {error}. Put "
                 "the file back, or resume with qat_distillation=0."
             ) from error
-        return {**tensors_of(self.pl_module), **state["state_dict"]}
+        return {**copies_of(self.pl_module), **state["state_dict"]}
 
     # The end.
 
@@ -429,117 +381,31 @@ class Qat:
             The evaluation; ``None`` where the score is no number.
         """
         self.restore_best()
-        for module in self._norms:
-            module.eval()
+        self._norms.freeze()
         try:
             evaluation = self.evaluator.run()
-            if self.best is not None and self.best.epoch and self.settings.qat_freeze_batchnorm > 0:
-                evaluation = self._with_new_statistics(evaluation)
+            if self.best.epoch and self.settings.qat_freeze_batchnorm > 0:
+                evaluation, notes = self._norms.renew(self.evaluator, evaluation, self.settings.direction)
+                self.course.notes += notes
         except NonFiniteScoreError:
             return None
         finally:
             self.release()
         return evaluation
 
-    def _with_new_statistics(self, before: Evaluation) -> Evaluation:
-        """Take the statistics of batch normalizations anew from training batches, if the score is better for it."""
-        if not self._norms:
-            return before
-        buffers = [(module, dict(module.named_buffers())) for module in self._norms]
-        old = [{name: value.clone() for name, value in found.items()} for _, found in buffers]
-        new: list[dict[str, Tensor]] = []
-        momenta = [module.momentum for module in self._norms]
-
-        def around(call: Callable[[], Any], batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
-            for module in self._norms:
-                module.train()
-                module.momentum = None  # type: ignore[assignment]  # torch: a plain mean over all batches
-                if batch_idx == 0:
-                    module.reset_running_stats()  # type: ignore[operator]  # a batch normalization has it
-            result = call()
-            new[:] = [{name: value.clone() for name, value in module.named_buffers()} for module in self._norms]
-            return result
-
-        try:
-            self.evaluator.run_unchecked(around, loader="train", limit=_STATISTICS_BATCHES)
-        finally:
-            for module, momentum in zip(self._norms, momenta, strict=True):
-                module.momentum = momentum
-                module.eval()
-        if len(gather(0)) > 1:
-            new = _mean_over_ranks(new)
-        # Of an equalized layer the normalization stays folded, and its statistics are still those of the reset.
-        ran = [bool(values["running_mean"].any() or (values["running_var"] != 1).any()) for values in new]
-        new = [fresh if seen else known for fresh, known, seen in zip(new, old, ran, strict=True)]
-        if not all(ran):
-            self.course.notes.append(
-                f"{ran.count(False)} of {len(ran)} batch normalizations belong to equalized layers, which are folded "
-                "all the time: `qat_freeze_batchnorm` does not change them."
-            )
-        if not any(ran):
-            return before
-        self._write_buffers(new)
-        after = self.evaluator.run()
-        if self.settings.direction.loss(before.score, after.score) < 0:
-            self.course.notes.append("Statistics of batch normalizations were taken anew from training batches.")
-            return after
-        self._write_buffers(old)
-        return before
-
-    @torch.no_grad()
-    def _write_buffers(self, values: list[dict[str, Tensor]]) -> None:
-        """Give the batch normalizations these statistics."""
-        for module, tensors in zip(self._norms, values, strict=True):
-            for name, buffer in module.named_buffers():
-                buffer.copy_(tensors[name])
-
     def release(self) -> None:
         """Give module and Trainer back: own steps, modes and limits; weights and scales stay as they are."""
         self._steps.remove()
-        for module in self._norms:
-            module.train()
+        self._norms.release()
         self._limits.set(self.trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed fit needs, in types that ``torch.load(weights_only=True)`` reads."""
-        course = self.course
         return {
             "session": state_of(self.session),
-            "aim": {"reference": self.aim.reference, "permitted": self.aim.permitted, "start": self.aim.start},
-            "course": {**vars(course), "scores": dict(course.scores), "notes": list(course.notes)},
+            "aim": asdict(self.aim),
+            "course": asdict(self.course),
             "is_scored": self._scored_at == self.trainer.global_step,
             "best_file": str((self.directory / "qat_best.ckpt").absolute()),
             "fp32_checkpoint": str(self.fp32_checkpoint.absolute()),
         }
-
-
-def _copy(tensors: Mapping[str, Tensor], module: nn.Module) -> None:
-    """Write tensors into the parameters and buffers of a module."""
-    for name, target in (*module.named_parameters(), *module.named_buffers()):
-        target.detach().copy_(tensors[name])
-
-
-def _mean_over_ranks(values: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The mean of each tensor over the ranks, integers as they are."""
-    ranks = gather([{name: value.cpu() for name, value in found.items()} for found in values])
-    return [
-        {
-            name: torch.stack([rank[index][name] for rank in ranks]).mean(0) if value.is_floating_point() else value
-            for name, value in found.items()
-        }
-        for index, found in enumerate(values)
-    ]
-
-
-def save_atomically(path: Path, values: Any) -> None:
-    """Write a file that is whole or not there.
-
-    Raises:
-        QuantDebugError: If it can not be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        torch.save(values, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise QuantDebugError(f"Can not write {str(path)!r}: {error}. Give `dirpath` a writable directory.") from error

@@ -8,10 +8,11 @@ import torch
 
 from lightning_quantdebug import fit_compat
 from lightning_quantdebug import lightning_compat as compat
+from lightning_quantdebug.diagnosis import TRAINED_IN_FIT
 from lightning_quantdebug.errors import SettingsError
 from lightning_quantdebug.module_state import preserved
 from lightning_quantdebug.random_state import isolated_random_state
-from lightning_quantdebug.settings import Settings
+from lightning_quantdebug.settings import Settings, When
 
 _WAY_OUT = "or set `qat_epochs=0` to diagnose and repair without training."
 
@@ -58,12 +59,8 @@ def _check_rebuilding(trainer: Any, pl_module: Any, count: int) -> None:
     """Ask ``configure_optimizers`` once more, as QAT will, and leave no trace of it."""
     skip = compat.bare_module_attributes(trainer)
     try:
-        with (
-            preserved(pl_module, skip=skip),
-            isolated_random_state(),
-            fit_compat.configuring(trainer, pl_module) as found,
-        ):
-            again = found
+        with preserved(pl_module, skip=skip), isolated_random_state():
+            again = fit_compat.configured_again(pl_module)
     except Exception as error:
         raise SettingsError(
             f"QAT starts with new optimizers, and `configure_optimizers` fails when it is called again: "
@@ -76,16 +73,24 @@ def _check_rebuilding(trainer: Any, pl_module: Any, count: int) -> None:
         )
 
 
-def reason_not_to_train(trainer: Any, settings: Settings) -> str | None:
-    """Why no QAT epochs may follow a walk at this moment, ``None`` if they may."""
+def reason_never_to_train(trainer: Any, settings: Settings) -> str | None:
+    """Why no QAT epochs may follow in what the Trainer runs, known before it starts; ``None`` if they may."""
     if settings.qat_epochs == 0:
         return "`qat_epochs` is 0: no QAT is wanted."
     if trainer.state.fn != "fit":
-        return "QAT runs in `trainer.fit`: add the callback to the Trainer that trains the model."
-    if settings.when.value != "fit_end":
+        return TRAINED_IN_FIT
+    if settings.when is not When.FIT_END:
         return "QAT follows a walk at the end of training: use when='fit_end', with `max_epochs=0` for a trained model."
     if trainer.fast_dev_run:
         return "`fast_dev_run` trains no further epochs."
+    return None
+
+
+def reason_not_to_train(trainer: Any, settings: Settings) -> str | None:
+    """Why no QAT epochs may follow a walk at this moment, ``None`` if they may."""
+    reason = reason_never_to_train(trainer, settings)
+    if reason is not None:
+        return reason
     if trainer.limit_train_batches == 0 or trainer.fit_loop.max_batches == 0:
         return "There are no training batches, so there is nothing to train on."
     if fit_compat.time_is_up(trainer):

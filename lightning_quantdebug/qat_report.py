@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning_quantdebug.evaluation import Evaluation
 from lightning_quantdebug.final_settings import setting_of
-from lightning_quantdebug.flowchart import final_verdict, judge
-from lightning_quantdebug.paired_loss import loss_interval
+from lightning_quantdebug.flowchart import final_verdict
+from lightning_quantdebug.paired_loss import judged_step
 from lightning_quantdebug.qat import Qat
 from lightning_quantdebug.quantizer import Quantizer
 from lightning_quantdebug.report import Cause, Finding, QuantizerSetting, Report, Step, StepName, StepVerdict
@@ -31,7 +31,7 @@ def with_training(
     step = replace(_step(settings, reference, evaluation, qat), seconds=seconds)
     step = replace(step, advice=_advice(step, qat))
     report = report.with_step(step)
-    if qat.diverged:
+    if qat.course.diverged:
         evidence = f"in QAT {qat.course.stopped}; the best state before it was put back"
         advice = "Lower `qat_lr_factor`, or clip gradients (`Trainer(gradient_clip_val=...)`)."
         report = report.with_findings(Finding(Cause.NON_FINITE, evidence, advice=advice))
@@ -45,25 +45,22 @@ def with_training(
 
 def _step(settings: Settings, reference: Evaluation, evaluation: Evaluation | None, qat: Qat) -> Step:
     """The numbers."""
-    course, best = qat.course, qat.best
+    course = qat.course
     details: dict[str, Any] = {
         "epochs": len(course.scores),
         "epochs_allowed": course.epochs,
         "start_score": qat.aim.start,
         "scores": [course.scores[number] for number in sorted(course.scores)],
-        "best_epoch": 0 if best is None else best.epoch,
+        "best_epoch": qat.best.epoch,
         "learning_rate": course.rate,
         "learned_scales": course.scales,
         "stopped": course.stopped,
-        "notes": [note for note in course.notes if note != "diverged"],
+        "notes": list(course.notes),
         "fp32_checkpoint": str(qat.fp32_checkpoint),
     }
     if evaluation is None:
         return Step(StepName.QAT, StepVerdict.FAILED, details=details)
-    loss = settings.direction.loss(reference.score, evaluation.score)
-    interval = loss_interval(reference, evaluation, settings.direction)
-    verdict = judge(loss, interval, settings.tolerance.permitted_loss(reference.score))
-    return Step(StepName.QAT, verdict, evaluation.score, loss, interval, details=details)
+    return replace(judged_step(StepName.QAT, reference, evaluation, settings), details=details)
 
 
 def _setting(quantizer: Quantizer, before: QuantizerSetting | None) -> QuantizerSetting:
@@ -79,7 +76,7 @@ def _advice(step: Step, qat: Qat) -> str:
     course, best = qat.course, qat.best
     trained = f"{len(course.scores)} of {course.epochs} epochs"
     stopped = f", stopped because {course.stopped}" if course.stopped else ""
-    if best is None or best.epoch == 0:
+    if best.epoch == 0:
         return (
             f"{trained} were trained{stopped}, and none scored better than the model before them, which was put back. "
             "Try another `qat_lr_factor`."
@@ -96,7 +93,7 @@ def _advice(step: Step, qat: Qat) -> str:
 
 def module_state(qat: Qat) -> str:
     """In which state the module is left, and how to get the other."""
-    if qat.best is None or qat.best.epoch == 0:
+    if qat.best.epoch == 0:
         return "unchanged: the float weights as they were before QAT"
     return (
         f"trained: the float weights of QAT epoch {qat.best.epoch}, which give the quantized score on the grid of "

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from lightning_quantdebug import lightning_compat as compat
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.module_state import StateSnapshot
-from lightning_quantdebug.session_state import load_state
+from lightning_quantdebug.session_state import adjust_by_name, load_state, named_adjustments
 from lightning_quantdebug.settings import Settings
 from lightning_quantdebug.target import Kind, Mode
 
@@ -38,23 +39,18 @@ class CoveredSteps:
         self._trainer = trainer
         self._module = pl_module
         self._around = around
-        self._covered: dict[str, Any] = {}
+        self._covered = ExitStack()
 
     def install(self) -> None:
         """Cover every step that the module has, until :meth:`remove`."""
         for name in _STEPS:
-            if name not in self._covered and compat.is_overridden(self._trainer, name, self._module):
-                self._covered[name] = vars(self._module).get(name)
+            if compat.is_overridden(self._trainer, name, self._module):
+                self._covered.enter_context(compat.kept(self._module, name))
                 setattr(self._module, name, self._cover(name, getattr(self._module, name)))
 
     def remove(self) -> None:
         """Give the module its own steps back."""
-        for name, before in self._covered.items():
-            if before is None:
-                vars(self._module).pop(name, None)
-            else:
-                setattr(self._module, name, before)
-        self._covered.clear()
+        self._covered.close()
 
     def _cover(self, name: str, step: Callable[..., Any]) -> Callable[..., Any]:
         """One step, run by ``around``."""
@@ -108,14 +104,8 @@ class LoadedQuantizers:
                 trainer,
                 f"QuantDebug: the first batch did not reach {list(missing[:5])}; what they quantize runs in FP32.",
             )
-        switch_on(session)
+        session.set_mode(Mode.QUANTIZE)
         return session
-
-
-def switch_on(session: Instrumentation) -> None:
-    """Let every quantizer that has a range quantize."""
-    for quantizer in session.quantizers.values():
-        quantizer.mode = Mode.QUANTIZE if quantizer.is_calibrated else Mode.BYPASS
 
 
 def training_session(evaluator: Any, pl_module: Any, settings: Settings, session: Instrumentation) -> Instrumentation:
@@ -150,10 +140,7 @@ def training_session(evaluator: Any, pl_module: Any, settings: Settings, session
     evaluator.run_unchecked(record, loader="train", limit=1)
     training.place()
     training.share_quantizers(session.quantizers)
-    names = {key: name for name, key in session.keys_by_name.items()}
-    known = training.keys_by_name
-    named = {names[key]: adjustment for key, adjustment in session.adjustments.items()}
-    training.set_adjustments({known[name]: change for name, change in named.items() if name in known})
+    adjust_by_name(training, named_adjustments(session))
     return training
 
 

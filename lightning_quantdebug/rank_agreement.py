@@ -6,8 +6,10 @@ one could start another pass while the other stops, and both would wait for ever
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch.distributed
@@ -26,6 +28,16 @@ def gather(value: T) -> list[T]:
     gathered: list[T | None] = [None] * rank_count()
     torch.distributed.all_gather_object(gathered, value)
     return gathered  # type: ignore[return-value] # every place was filled
+
+
+def is_spent(budget: timedelta | None, started: float) -> bool:
+    """Whether a time budget is spent on any rank, as all must take the same way.
+
+    Args:
+        budget: ``None``: there is none, and no rank is asked.
+        started: When it began to run, in seconds of ``time.monotonic``.
+    """
+    return budget is not None and any(gather(time.monotonic() - started >= budget.total_seconds()))
 
 
 def rank_count() -> int:

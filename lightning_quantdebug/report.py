@@ -11,11 +11,11 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning_quantdebug.errors import ReportError
 
@@ -379,8 +379,12 @@ class Report:
         return cls.from_dict(values)
 
 
-def write_atomically(path: str | Path, text: str) -> Path:
-    """Write ``text`` to a temporary file beside ``path`` and rename it into place.
+def write_atomically(path: str | Path, content: str | Callable[[IO[bytes]], object]) -> Path:
+    """Write to a temporary file beside ``path`` and rename it into place.
+
+    Args:
+        path: Where the file shall be.
+        content: The text, or what writes into the open file.
 
     Raises:
         ReportError: If the directory or the file can not be written.
@@ -390,8 +394,11 @@ def write_atomically(path: str | Path, text: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode("utf-8"))
+            else:
+                content(file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

@@ -30,14 +30,13 @@ def state_of(session: Instrumentation) -> dict[str, Any]:
     Returns:
         ``quantizers`` by name and ``adjustments`` by the name of the operation.
     """
-    names = {key: name for name, key in session.keys_by_name.items()}
     adjustments = {
-        names[key]: {
+        name: {
             item.name: value.detach().clone()
             for item in fields(Adjustment)
             if (value := getattr(adjustment, item.name)) is not None
         }
-        for key, adjustment in session.adjustments.items()
+        for name, adjustment in named_adjustments(session).items()
     }
     quantizers = {name: _state_of_quantizer(quantizer) for name, quantizer in session.quantizers.items()}
     return {"quantizers": quantizers, "adjustments": adjustments}
@@ -57,9 +56,7 @@ def load_state(session: Instrumentation, state: Mapping[str, Any], learn: bool =
     Raises:
         CaptureError: If the network has none of them, so that it must be another network.
     """
-    known = session.keys_by_name
     missing = [name for name in state["quantizers"] if name not in session.quantizers]
-    missing += [name for name in state["adjustments"] if name not in known]
     if state["quantizers"] and not set(state["quantizers"]) & set(session.quantizers):
         raise CaptureError(
             f"The checkpoint holds quantizers of another network: {sorted(state['quantizers'])[:3]}, while this one "
@@ -68,10 +65,21 @@ def load_state(session: Instrumentation, state: Mapping[str, Any], learn: bool =
     for name, values in state["quantizers"].items():
         if name in session.quantizers:
             _load_quantizer(session.quantizers[name], values, learn)
-    session.set_adjustments(
-        {known[name]: Adjustment(**values) for name, values in state["adjustments"].items() if name in known}
-    )
+    missing += adjust_by_name(session, {name: Adjustment(**values) for name, values in state["adjustments"].items()})
     return tuple(missing)
+
+
+def named_adjustments(session: Instrumentation) -> dict[str, Adjustment]:
+    """What remedies have changed, by the names of the operations, which are the same in every process."""
+    names = {key: name for name, key in session.keys_by_name.items()}
+    return {names[key]: adjustment for key, adjustment in session.adjustments.items()}
+
+
+def adjust_by_name(session: Instrumentation, adjustments: Mapping[str, Adjustment]) -> list[str]:
+    """Let operations run as ``adjustments`` say, and all others as they are; returns the names that are unknown."""
+    known = session.keys_by_name
+    session.set_adjustments({known[name]: change for name, change in adjustments.items() if name in known})
+    return [name for name in adjustments if name not in known]
 
 
 def _state_of_quantizer(quantizer: Quantizer) -> dict[str, Any]:

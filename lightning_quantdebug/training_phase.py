@@ -11,6 +11,8 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lightning_quantdebug import fit_compat
@@ -23,12 +25,12 @@ from lightning_quantdebug.errors import SettingsError
 from lightning_quantdebug.evaluation import Evaluation, Evaluator
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.qat import Aim, Course, Qat
-from lightning_quantdebug.qat_checks import check_callbacks, check_training
+from lightning_quantdebug.qat_checks import check_callbacks, check_training, reason_never_to_train
 from lightning_quantdebug.qat_report import with_training
 from lightning_quantdebug.quantized_steps import CoveredSteps, LoadedQuantizers
-from lightning_quantdebug.rank_agreement import gather
+from lightning_quantdebug.rank_agreement import gather, is_spent
 from lightning_quantdebug.report import Report
-from lightning_quantdebug.settings import Settings, When
+from lightning_quantdebug.settings import Settings
 from lightning_quantdebug.tensorboard import ReviewWriter
 
 if TYPE_CHECKING:
@@ -53,7 +55,6 @@ class TrainingPhase:
         self.is_evaluating = False
         self._qat: Qat | None = None
         self._reference: Evaluation | None = None
-        self._diagnosis: Diagnosis | None = None
         self._state: dict[str, Any] = {}
         self._walked_after: int | None = None
         self._started = self._budget_from = 0.0
@@ -71,8 +72,7 @@ class TrainingPhase:
 
     def _may_follow(self, trainer: Any) -> bool:
         """Whether training may follow a walk in this fit."""
-        settings = self.settings
-        return settings.qat_epochs > 0 and settings.when is When.FIT_END and not trainer.fast_dev_run
+        return reason_never_to_train(trainer, self.settings) is None
 
     # Around a fit.
 
@@ -111,14 +111,10 @@ class TrainingPhase:
             self._qat.release()
         if self._steps is not None:
             self._steps.remove()
-        self._steps, self.is_evaluating, self._diagnosis = None, False, None
+        self._steps, self.is_evaluating = None, False
         fit_compat.no_more_asked(trainer)
 
     # The end of a fit.
-
-    def walked(self, diagnosis: Diagnosis) -> None:
-        """Note the walk that has just ended."""
-        self._diagnosis = diagnosis if diagnosis.wants_training and diagnosis.accepted is not None else None
 
     def _is_over(self, trainer: Any, pl_module: Any, done: bool) -> bool:
         """Whether the fit is over, where Lightning says ``done``."""
@@ -135,11 +131,10 @@ class TrainingPhase:
         if self._walked_after == fit_compat.processed_epochs(trainer):
             return True
         self._walked_after = fit_compat.processed_epochs(trainer)
-        self.callback.walk(trainer, pl_module)
-        if self._diagnosis is None:
-            return True
-        with self.callback.harmless(trainer):
-            self._start(trainer, pl_module, self._diagnosis)
+        diagnosis = self.callback.walk(trainer, pl_module)
+        if diagnosis is not None and diagnosis.wants_training:
+            with self.callback.harmless(trainer):
+                self._start(trainer, pl_module, diagnosis)
         return self._qat is None
 
     def _start(self, trainer: Any, pl_module: Any, diagnosis: Diagnosis) -> None:
@@ -153,11 +148,10 @@ class TrainingPhase:
         aim = Aim(reference.score, permitted, quantized.score if quantized is not None else worst)
         self._keep_fp32_best(trainer)
         qat = Qat(trainer, pl_module, self.settings, diagnosis.session, aim, self.callback.directory(trainer))
-        try:
+        with ExitStack() as undo:
+            undo.callback(qat.release)
             qat.start()
-        except BaseException:
-            qat.release()
-            raise
+            undo.pop_all()
         self._qat, self._reference, self._started = qat, reference, time.monotonic()
         self._budget_from = diagnosis.started
         self._tell(
@@ -173,7 +167,7 @@ class TrainingPhase:
         if model_checkpoint is None:
             return
         path, score = model_checkpoint.best_model_path, model_checkpoint.best_model_score
-        if path and model_checkpoint in fit_compat.overwriting_checkpoints(trainer):
+        if path and fit_compat.writes_over(model_checkpoint):
             kept = self.callback.directory(trainer) / "fp32_best.ckpt"
             if trainer.is_global_zero:
                 shutil.copy2(path, kept)
@@ -194,8 +188,7 @@ class TrainingPhase:
             self.callback.report = with_training(report, self.settings, reference, evaluation, qat, seconds)
             self.callback.write(trainer, qat.directory, qat.session)
         self._walked_after = fit_compat.processed_epochs(trainer)
-        changed = qat.best is not None and qat.best.epoch > 0
-        self._state = self._state_of(qat, report) if changed else {}
+        self._state = self._state_of(qat, report) if qat.best.epoch else {}
         self._qat = None
         self.callback.say(trainer)
 
@@ -233,8 +226,7 @@ class TrainingPhase:
         assert self._qat is not None
         score = self._qat.on_epoch_end()
         budget = self.settings.max_time
-        late = budget is not None and time.monotonic() - self._budget_from >= budget.total_seconds()
-        if any(gather(late)) and not self._qat.is_over:
+        if is_spent(budget, self._budget_from) and not self._qat.is_over:
             self._qat.course.stopped = f"the time budget max_time={budget} was spent"
         if score is None or not trainer.is_global_zero:
             return
@@ -252,19 +244,11 @@ class TrainingPhase:
 
     def _state_of(self, qat: Qat, report: Report) -> dict[str, Any]:
         """The state of a training, with the report up to it, in types that ``torch.load(weights_only=True)`` reads."""
-        reference = self._reference
-        assert reference is not None
-        batches = reference.batches
+        assert self._reference is not None
         return {
             **qat.state_dict(),
             "report": report.to_dict(),
-            "reference": {
-                "score": reference.score,
-                "metrics": dict(reference.metrics),
-                "batches": None if batches is None else [(batch.value, batch.weight) for batch in batches],
-                "samples": reference.samples,
-                "seconds": reference.seconds,
-            },
+            "reference": asdict(self._reference),
             "fp32_best": (self.callback.fp32_best_model_path, self.callback.fp32_best_model_score),
         }
 
@@ -284,9 +268,9 @@ class TrainingPhase:
         directory = self.callback.directory(trainer)
         qat = Qat(trainer, pl_module, settings, session, Aim(**state["aim"]), directory, Course(**state["course"]))
         qat.resume(state)
-        known = state["reference"]
-        batches = None if known["batches"] is None else tuple(BatchScore(*batch) for batch in known["batches"])
-        self._reference = Evaluation(known["score"], known["metrics"], batches, known["samples"], known["seconds"])
+        batches = state["reference"]["batches"]
+        scores = None if batches is None else tuple(BatchScore(**batch) for batch in batches)
+        self._reference = Evaluation(**{**state["reference"], "batches": scores})
         self.callback.report = Report.from_dict(state["report"])
         self.callback.fp32_best_model_path, self.callback.fp32_best_model_score = state["fp32_best"]
         self._qat, self._started = qat, time.monotonic()

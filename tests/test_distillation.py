@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_quantdebug import instrument
-from lightning_quantdebug.distillation import Teacher, kl_divergence, tensors_of
+from lightning_quantdebug.distillation import Teacher, copies_of, kl_divergence
 
 CLASSES = torch.tensor([0, 2, 1, 2])
 
@@ -69,7 +69,7 @@ def step_with(
 ) -> tuple[Whole, Any, Any, dict[str, Tensor]]:
     """The outcome of one step with and without the teacher, and the teacher's tensors."""
     model, x = Whole(form, returns).eval(), torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
-    tensors = tensors_of(model)
+    tensors = copies_of(model)
     with instrument(model, x, "w2a4_per_tensor") as session:
         session.calibrate([x])
         session.set_mode(mode)
@@ -131,7 +131,7 @@ def test_modes_buffers_and_hooks_are_as_they_were() -> None:
     with instrument(model.eval(), x) as session:
         session.calibrate([x])
         session.set_mode("quantize")
-        tensors = tensors_of(model)
+        tensors = copies_of(model)
         teacher = Teacher(session, 1.0, tensors)
         model.train()
         modes = [part.training for part in model.modules()]
@@ -159,7 +159,7 @@ def test_without_classes_there_is_nothing_to_distil() -> None:
     model, x = nn.Linear(4, 2).eval(), torch.randn(3, 4)
     with instrument(model, x) as session:
         session.calibrate([x])
-        teacher = Teacher(session, 1.0, tensors_of(model))
+        teacher = Teacher(session, 1.0, copies_of(model))
         assert "treated as the logits" in teacher.refusal
         assert teacher(lambda: "outcome") == "outcome"
 
@@ -176,7 +176,7 @@ def test_logits_that_no_module_returns_are_not_distilled() -> None:
     model, x = Inline().eval(), torch.randn(4, 6)
     with instrument(model, x) as session:
         session.calibrate([x])
-        teacher = Teacher(session, 1.0, tensors_of(model))
+        teacher = Teacher(session, 1.0, copies_of(model))
         assert teacher.refusal == ""
         plain = model(x)
         assert torch.equal(teacher(lambda: session.run(lambda: model(x), step=True)), plain)
