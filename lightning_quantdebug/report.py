@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning_quantdebug.errors import ReportError
+from lightning_quantdebug.visuals import Visuals
 
 SCHEMA_VERSION = 1
 
@@ -140,6 +141,7 @@ class Remedy:
         interval: Confidence interval of ``gain`` (95 %).
         note: What it did, in numbers.
         skipped: What it left alone, and why.
+        whole: Score with all quantizers on, once it was kept; ``None`` where it was not measured.
     """
 
     remedy: str
@@ -154,6 +156,7 @@ class Remedy:
     interval: tuple[float, float] | None = None
     note: str = ""
     skipped: Mapping[str, str] = field(default_factory=dict)
+    whole: float | None = None
 
     @property
     def title(self) -> str:
@@ -315,6 +318,7 @@ class Report:
     verdict: Verdict | None = None
     final: Final = field(default_factory=Final)
     error: str | None = None
+    visuals: Visuals = field(default_factory=Visuals)
     schema_version: int = SCHEMA_VERSION
 
     def step(self, name: StepName) -> Step | None:
@@ -446,6 +450,8 @@ def _report_from(values: Mapping[str, Any]) -> Report:
         verdict=None if values["verdict"] is None else Verdict(values["verdict"]),
         final=_final_from(values["final"]),
         error=values["error"],
+        # Reports of before there were pictures have none.
+        visuals=Visuals.from_dict(values["visuals"]) if "visuals" in values else Visuals(),
     )
 
 
