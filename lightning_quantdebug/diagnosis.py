@@ -24,6 +24,7 @@ from lightning_quantdebug.evaluation import Evaluation, Evaluator
 from lightning_quantdebug.final_settings import setting_of
 from lightning_quantdebug.flowchart import final_verdict, judge, next_step, objective, tries_of
 from lightning_quantdebug.fp32_check import Fp32Check, Reference, first_non_finite
+from lightning_quantdebug.gallery import Gallery
 from lightning_quantdebug.instrument import Instrumentation
 from lightning_quantdebug.observer import Histogram
 from lightning_quantdebug.own_quantizers import find_own_quantizers, own_quantizers
@@ -54,8 +55,8 @@ from lightning_quantdebug.settings import Settings
 from lightning_quantdebug.target import Kind, Mode
 
 # Evaluations of one walk, for the progress bar: FP32 twice, recording, observing, six runs of one batch, two full runs
-# of the sanity check, activations, weights, both, and the whole model.
-EVALUATIONS = 16
+# of the sanity check, activations, weights, both, the whole model, and a look at its classes.
+EVALUATIONS = 17
 # Causes that make every other finding meaningless stand first in the report, the others in the order of discovery.
 _FIRST = (Cause.BROKEN_PIPELINE, Cause.NONDETERMINISTIC_MODEL, Cause.NON_FINITE)
 
@@ -126,6 +127,7 @@ class Diagnosis:
         self._reference: Evaluation | None = None
         self._warnings: list[str] = []
         self._measured: dict[Kind | None, Evaluation] = {}
+        self._gallery = Gallery(evaluator)
         self._own = find_own_quantizers(self.root)
         self.started = time.monotonic()
         self._steps: dict[StepName, Callable[[], Step]] = {
@@ -135,6 +137,7 @@ class Diagnosis:
             StepName.FIX_WEIGHTS: lambda: self._fix(StepName.FIX_WEIGHTS),
             StepName.FIX_ACTIVATIONS: lambda: self._fix(StepName.FIX_ACTIVATIONS),
             StepName.PER_QUANTIZER: self._per_quantizer,
+            StepName.VISUALIZE: self._visualize,
             StepName.FIX_QUANTIZERS: self._fix_quantizers,
             StepName.QUANTIZE_MODEL: self._quantize_model,
         }
@@ -245,6 +248,7 @@ class Diagnosis:
             self.report, coverage=session.coverage, settings={**self.report.settings, "calibration_samples": samples}
         )
         self._note_coverage(session)
+        self._gallery.keep(StepName.FP32_CHECK, session)
         return session
 
     def _note_coverage(self, session: Instrumentation) -> None:
@@ -304,7 +308,12 @@ class Diagnosis:
         repair = Repair(bench, name, reference, before)
         self.report = repair.walk(self.report)
         if repair.evaluation is not before:
+            # That of the whole model was measured with the last remedy that was kept.
+            whole = self._measured.get(None)
             self._measured = {kind: repair.evaluation}
+            if whole is not None:
+                self._measured.setdefault(None, whole)
+            self._gallery.keep(name, session)
         details |= self._standing()
         advice = self._too_late() if repair.is_late else after_repair(self.report, name, repair.verdict)
         return Step(
@@ -333,7 +342,16 @@ class Diagnosis:
             split=Split.of(reference),
             is_late=lambda: self.is_late,
             describe=self.describe,
+            measure_whole=None if kind is None else self._score_of_whole,
         )
+
+    def _score_of_whole(self) -> float | None:
+        """The score with all quantizers on after a change; ``None`` if it is no number."""
+        self._measured.pop(None, None)
+        try:
+            return self._evaluation_of(None).score
+        except NonFiniteScoreError:
+            return None
 
     def _evaluation_of(self, kind: Kind | None) -> Evaluation:
         """The score with the quantizers of one kind on, as the session is now."""
@@ -370,7 +388,26 @@ class Diagnosis:
         if evaluation is None:
             return step
         self._measured = {None: evaluation}
+        if any(item.kept and item.step == StepName.FIX_QUANTIZERS.value for item in self.report.remedies):
+            self._gallery.keep(StepName.FIX_QUANTIZERS, self._needs_session()[0])
         return replace(step, details={**step.details, **self._standing()})
+
+    def _visualize(self) -> Step:
+        """Look at the tensors that are to blame."""
+        session, _ = self._needs_session()
+        step, self.report = self._gallery.visualize(session, self.report)
+        self.advance()
+        return step
+
+    def _look_again(self) -> None:
+        """Look at tensors and classes as the walk leaves them."""
+        session, reference = self._needs_session()
+        if self.is_late:
+            return
+        if self.report.visuals.tensors:
+            self.report = self._gallery.look(session, self.report)
+        self.report = self._gallery.predict(session, self.report, reference)
+        self.advance()
 
     def _quantizer_work(self) -> QuantizerWork:
         """What both work on."""
@@ -406,6 +443,7 @@ class Diagnosis:
                     return self._without_score(StepName.QUANTIZE_MODEL, self.acceptance)
         self.accepted = (reference, evaluation)
         self.advance()
+        self._look_again()
         step = judged_step(StepName.QUANTIZE_MODEL, reference, evaluation, self.settings)
         step = self._accepted(step, reference, evaluation)
         few = too_few_samples(self.report, step, evaluation.samples, self.settings)

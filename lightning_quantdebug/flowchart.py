@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from lightning_quantdebug.report import Report, StepName, StepVerdict, Verdict
@@ -32,6 +33,9 @@ RANGE_SETTINGS = (
     RangeSetting.CROSS_ENTROPY,
     RangeSetting.BATCHNORM,
 )
+MOST_BLAMED = 6
+"""Tensors that are looked at: four pictures of each are what a person can take in."""
+
 # Without an interval a gain counts from this share of the permitted loss on: a tenth of what is asked for is progress,
 # less than that is what another order of the sums could give.
 _LEAST_GAIN = 0.1
@@ -192,7 +196,9 @@ def _reason_to_skip(report: Report, step: StepName) -> str | None:
             return "Weights and activations together stay within the tolerance."
     if step is StepName.PER_QUANTIZER and report.settings.get("analysis") == Analysis.EXHAUSTIVE.value:
         return None
-    if step in (StepName.PER_QUANTIZER, StepName.VISUALIZE, StepName.FIX_QUANTIZERS) and _passes(both):
+    if step is StepName.VISUALIZE:
+        return None if to_blame(report) else "No quantizer is to blame: there is no tensor to look at."
+    if step in (StepName.PER_QUANTIZER, StepName.FIX_QUANTIZERS) and _passes(both):
         return "Weights and activations together stay within the tolerance: no quantizer is to blame."
     if step is StepName.QAT:
         whole = report.step(StepName.QUANTIZE_MODEL)
@@ -201,6 +207,27 @@ def _reason_to_skip(report: Report, step: StepName) -> str | None:
         if whole is not None and whole.verdict is StepVerdict.PASSED:
             return "The quantized model is accepted: there is nothing to train."
     return None
+
+
+def to_blame(report: Report, most: int = MOST_BLAMED) -> dict[str, str]:
+    """The quantizers whose tensors are worth a look, the most important first, each with the reason.
+
+    Those that a finding names, with its cause, then those that the analysis calls guilty.
+
+    Examples:
+        >>> from lightning_quantdebug.report import Cause, Coverage, Finding
+        >>> finding = Finding(Cause.WEIGHT_OUTLIERS, "60 sigma", "conv.weight")
+        >>> to_blame(Report(coverage=Coverage(("conv.weight", "conv")), findings=(finding,)))
+        {'conv.weight': 'weight_outliers'}
+    """
+    blamed: dict[str, str] = {}
+    for item in report.findings:
+        if item.quantizer in report.coverage.quantized:
+            blamed.setdefault(item.quantizer, item.cause.value)
+    for row in report.sensitivity:
+        if row.guilty:
+            blamed.setdefault(row.quantizer, "guilty")
+    return dict(islice(blamed.items(), most))
 
 
 def _latest(report: Report, name: str) -> str | None:

@@ -75,9 +75,8 @@ def _classes(operation: Operation) -> tuple[int | None, bool]:
     value = next((value for value in operation.outputs if value.floating), None)
     if value is None:
         return None, False
-    if value.class_axis is not None:
-        return value.class_axis, False
+    noted = value.class_axis
     if operation.op not in ("softmax", "log_softmax"):
-        return None, False
-    axis = operation.arguments.get("dim", operation.arguments.get("1", -1))
-    return axis % len(value.shape), operation.op == "softmax"
+        return noted, False
+    axis = operation.arguments.get("dim", operation.arguments.get("1", -1)) % len(value.shape)
+    return axis if noted is None else noted, operation.op == "softmax" and noted in (None, axis)

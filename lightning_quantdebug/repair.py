@@ -48,6 +48,7 @@ class Workbench:
         split: Which validation batches choose.
         is_late: Whether the time budget is spent.
         describe: Called with what is being tried.
+        measure_whole: The user's score with all quantizers on, where ``measure`` has only some of them on.
     """
 
     session: Instrumentation
@@ -58,6 +59,7 @@ class Workbench:
     split: Split
     is_late: Callable[[], bool]
     describe: Callable[[str], None]
+    measure_whole: Callable[[], float | None] | None = None
 
 
 class Repair:
@@ -142,8 +144,10 @@ class Repair:
         finally:
             if not kept:
                 bench.session.restore(state)
+        whole: float | None = None
         if kept and after is not None:
             self.evaluation = after
+            whole = after.score if bench.measure_whole is None else bench.measure_whole()
         remedy = Remedy(
             remedy=item.remedy,
             before=before.score,
@@ -157,6 +161,7 @@ class Repair:
             interval=None if gain is None else gain.interval,
             note=applied.note,
             skipped=dict(applied.skipped),
+            whole=whole,
         )
         return remedy, applied
 

@@ -16,9 +16,21 @@ from lightning_quantdebug.flowchart import (
     next_step,
     next_try,
     objective,
+    to_blame,
     tries_of,
 )
-from lightning_quantdebug.report import Remedy, Report, Step, StepName, StepVerdict, Verdict
+from lightning_quantdebug.report import (
+    Cause,
+    Coverage,
+    Finding,
+    Remedy,
+    Report,
+    Sensitivity,
+    Step,
+    StepName,
+    StepVerdict,
+    Verdict,
+)
 from lightning_quantdebug.settings import REMEDIES
 from lightning_quantdebug.target import Kind
 
@@ -33,9 +45,27 @@ def outcome(step: StepName, verdict: StepVerdict, both: StepVerdict = PASSED) ->
     return Step(step, verdict, details=details)
 
 
-def path(available: frozenset[StepName], both: StepVerdict = PASSED, **verdicts: StepVerdict) -> list[tuple[str, str]]:
+NOTHING_KNOWN = Report()
+BLAMED = Report(
+    coverage=Coverage(("conv.weight", "conv", "head")),
+    findings=(
+        Finding(Cause.TOO_FEW_SAMPLES, "500"),
+        Finding(Cause.WEIGHT_OUTLIERS, "60 sigma", "conv.weight"),
+        Finding(Cause.BIASED_ERROR, "a shift", "conv.weight"),
+        Finding(Cause.NOT_QUANTIZED, "in FP32", "pool"),
+    ),
+    sensitivity=tuple(
+        Sensitivity(name, "activation", 8, None, None, None, None, "exact", guilty=name != "head")
+        for name in ("conv.weight", "conv", "head")
+    ),
+)
+
+
+def path(
+    available: frozenset[StepName], both: StepVerdict = PASSED, report: Report = NOTHING_KNOWN, **verdicts: StepVerdict
+) -> list[tuple[str, str]]:
     """Each box with what became of it, when those that run end with the given verdicts (default: passed)."""
-    report, walked = Report(), []
+    walked = []
     while (decision := next_step(report, available)) is not None:
         name = decision.step.value
         verdict = verdicts.get(name, PASSED) if decision.runs else decision.verdict
@@ -48,6 +78,7 @@ def path(available: frozenset[StepName], both: StepVerdict = PASSED, **verdicts:
 WEIGHTS_FINE = "skipped: The quantized weights alone stay within the tolerance."
 ACTIVATIONS_FINE = "skipped: The quantized activations alone stay within the tolerance."
 BOTH_FINE = "skipped: Weights and activations together stay within the tolerance: no quantizer is to blame."
+NOTHING_TO_SEE = "skipped: No quantizer is to blame: there is no tensor to look at."
 NOTHING_TO_TRAIN = "skipped: The quantized model is accepted: there is nothing to train."
 NOTHING_TO_JUDGE_BY = (
     "skipped: The loss can not be told from zero with these samples: training could not be judged either."
@@ -63,7 +94,7 @@ def test_all_well() -> None:
         ("fix_weights", WEIGHTS_FINE),
         ("fix_activations", ACTIVATIONS_FINE),
         ("per_quantizer", BOTH_FINE),
-        ("visualize", BOTH_FINE),
+        ("visualize", NOTHING_TO_SEE),
         ("fix_quantizers", BOTH_FINE),
         ("quantize_model", "passed"),
         ("qat", NOTHING_TO_TRAIN),
@@ -79,7 +110,7 @@ def test_all_ill_in_this_version() -> None:
         ("fix_weights", LATER),
         ("fix_activations", LATER),
         ("per_quantizer", LATER),
-        ("visualize", LATER),
+        ("visualize", NOTHING_TO_SEE),
         ("fix_quantizers", LATER),
         ("quantize_model", "failed"),
         ("qat", LATER),
@@ -87,9 +118,11 @@ def test_all_ill_in_this_version() -> None:
 
 
 def test_all_ill_runs_every_box_in_order_where_all_exist() -> None:
-    ill = path(ALL, FAILED, **{step.value: FAILED for step in StepName if step is not StepName.FP32_CHECK})
+    ill = path(ALL, FAILED, BLAMED, **{step.value: FAILED for step in StepName if step is not StepName.FP32_CHECK})
     assert [name for name, _ in ill] == [step.value for step in StepName]
     assert [verdict for _, verdict in ill] == ["passed", *["failed"] * 9]
+    later = dict(path(NOW, FAILED, BLAMED, activations=FAILED, weights=FAILED))
+    assert later["visualize"] == LATER
 
 
 def test_a_broken_pipeline_ends_the_walk() -> None:
@@ -108,7 +141,19 @@ def test_only_the_remedies_of_what_is_ill_run(good: StepVerdict) -> None:
 def test_the_quantizers_are_searched_where_the_two_together_fail(both: StepVerdict) -> None:
     found = dict(path(ALL, both))
     expected = "passed" if both is FAILED else BOTH_FINE
-    assert [found[name] for name in ("per_quantizer", "visualize", "fix_quantizers")] == [expected] * 3
+    assert [found[name] for name in ("per_quantizer", "fix_quantizers")] == [expected] * 2
+
+
+@pytest.mark.parametrize("both", [FAILED, PASSED])
+def test_tensors_to_blame_are_looked_at_also_where_a_remedy_has_cured_them(both: StepVerdict) -> None:
+    assert dict(path(ALL, both))["visualize"] == NOTHING_TO_SEE
+    assert dict(path(ALL, both, BLAMED))["visualize"] == "passed"
+
+
+def test_to_blame_are_the_quantizers_of_findings_and_then_the_guilty_ones() -> None:
+    assert to_blame(BLAMED) == {"conv.weight": "weight_outliers", "conv": "guilty"}
+    assert to_blame(BLAMED, most=1) == {"conv.weight": "weight_outliers"}
+    assert to_blame(Report()) == {}
 
 
 @pytest.mark.parametrize(

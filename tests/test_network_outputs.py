@@ -107,6 +107,9 @@ def test_a_softmax_at_the_end_gives_probabilities_and_a_log_softmax_does_not() -
         net = nn.Sequential(nn.Linear(6, 3), layer)
         assert outputs_of(net, lambda step, y: y.mean())[0].class_axis == 1
         assert outputs_of(net, lambda step, y: y.mean())[0].is_probability is expected
+        # What is read as classes is a probability all the same.
+        (read,) = outputs_of(net, lambda step, y: y.argmax(1))
+        assert (read.class_axis, read.is_probability) == (1, expected)
 
 
 @dataclass
