@@ -62,3 +62,20 @@ class Gallery:
         ends = [self.moments[0], *self.moments[1:][-1:]]
         found = predictions(session, self.evaluator, reference, ends)
         return replace(report, visuals=replace(report.visuals, predictions=found))
+
+
+def after_training(session: Instrumentation, evaluator: Evaluator, report: Report) -> Report:
+    """The report with the tensors that it shows, as QAT has left them.
+
+    Args:
+        session: With the trained scales, on the trained weights; left as it was.
+        evaluator: Runs the user's validation; all ranks must call this together.
+        report: Of the walk ahead of the training.
+    """
+    known = report.visuals.tensors
+    if not known:
+        return report
+    names, moment = {view.quantizer: view.why for view in known}, Moment(StepName.QAT, session.state())
+    runs = CalibrationRuns(session, evaluator, None, MOST_BATCHES)
+    views = led_by_rank_zero(runs, lambda led: tensor_views(session, led, names, [moment], known))
+    return replace(report, visuals=replace(report.visuals, tensors=views))

@@ -34,7 +34,7 @@ def write_media(logger: Any, pictures: Mapping[str, np.ndarray], texts: Mapping[
     """Give a logger the pictures and the texts, if it has a place for them.
 
     Args:
-        logger: A member of ``trainer.loggers``: W&B's, MLflow's and Comet's are known.
+        logger: A member of ``trainer.loggers``: those of W&B and MLflow are known.
         pictures: Pixels ``(H, W, 3)``, uint8, by their tags.
         texts: Markdown by its tag.
 
@@ -45,8 +45,6 @@ def write_media(logger: Any, pictures: Mapping[str, np.ndarray], texts: Mapping[
         _to_wandb(logger, pictures, texts)
     elif is_logger(logger, "MLFlowLogger"):
         _to_mlflow(logger, pictures, texts)
-    elif is_logger(logger, "CometLogger"):
-        _to_comet(logger, pictures, texts)
 
 
 def _to_wandb(logger: Any, pictures: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> None:
@@ -64,11 +62,3 @@ def _to_mlflow(logger: Any, pictures: Mapping[str, np.ndarray], texts: Mapping[s
         client.log_image(run, Image.fromarray(picture), artifact_file=f"{tag}.png")
     for tag, text in texts.items():
         client.log_text(run, text, f"{tag}.md")
-
-
-def _to_comet(logger: Any, pictures: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> None:
-    """Pictures in the Graphics tab, texts in the Text tab."""
-    for tag, picture in pictures.items():
-        logger.experiment.log_image(picture, name=tag)
-    for tag, text in texts.items():
-        logger.experiment.log_text(text, metadata={"tag": tag})

@@ -7,13 +7,13 @@ what other settings would give at each quantizer, from tensors that were kept on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_quantdebug.calibration import CalibrationRuns
 from lightning_quantdebug.counterfactuals import TensorSamples, all_counterfactuals
@@ -28,6 +28,7 @@ from lightning_quantdebug.sensitivity import Bench, Sensitivities, Table
 from lightning_quantdebug.settings import Analysis
 from lightning_quantdebug.statistics import samples_to_resolve
 from lightning_quantdebug.target import Kind, Mode
+from lightning_quantdebug.tensor_probes import shown
 
 ESTIMATE_SAMPLES = 128
 """Enough to order quantizers by the noise of the output: Spearman 0.98 with the order of 1,000 samples (capture notes:
@@ -79,7 +80,7 @@ def analyse(bench: Bench, permitted: float) -> Analysed:
     estimates, why_not = estimated(bench)
     order = sorted(names, key=lambda name: -_weight(estimates.get(name)))
     samples = TensorSamples(session)
-    bench.visit = lambda: _kept(session, samples.keep)
+    bench.visit = lambda: _kept(session, samples)
     table = Table()
     if settings.analysis is not Analysis.ESTIMATE:
         work = Sensitivities(bench, order)
@@ -138,26 +139,10 @@ def _weight(estimate: Estimate | None) -> float:
 # Tensors that are looked at on the way.
 
 
-@contextmanager
-def _kept(session: Instrumentation, keep: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Every quantizer of an activation shows its tensor to ``keep`` while the block runs."""
-    activations = session.select(kind=Kind.ACTIVATION)
-
-    def probe_of(name: str) -> Callable[[Tensor], Tensor]:
-        def probe(x: Tensor) -> Tensor:
-            keep(name, x)
-            return x
-
-        return probe
-
-    with session.modes(Mode.BYPASS):
-        try:
-            for quantizer in activations:
-                quantizer.probe, quantizer.mode = probe_of(quantizer.name), Mode.OBSERVE
-            yield
-        finally:
-            for quantizer in activations:
-                quantizer.probe = None
+def _kept(session: Instrumentation, samples: TensorSamples) -> AbstractContextManager[None]:
+    """Every quantizer of an activation shows its tensor to be sampled while the block runs."""
+    names = [quantizer.name for quantizer in session.select(kind=Kind.ACTIVATION)]
+    return shown(session, {name: partial(samples.keep, name) for name in names})
 
 
 def _counterfactuals(session: Instrumentation, samples: TensorSamples, runs: Any) -> dict[str, dict[str, float]]:
@@ -166,7 +151,7 @@ def _counterfactuals(session: Instrumentation, samples: TensorSamples, runs: Any
 
     def visit(run: Callable[[], Any], index: int) -> None:
         if not samples.names:
-            with _kept(session, samples.keep):
+            with _kept(session, samples):
                 run()
         found.update(all_counterfactuals(session, samples, run))
 

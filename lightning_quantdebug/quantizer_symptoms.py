@@ -7,9 +7,9 @@ keep what calibration saw, so that the two can be compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from lightning_quantdebug.interception import OpKey
 from lightning_quantdebug.layers import Call, Runs
 from lightning_quantdebug.operations import Category, tensors_in
 from lightning_quantdebug.quantizer import Quantizer
-from lightning_quantdebug.target import Kind, Mode
+from lightning_quantdebug.target import Kind
+from lightning_quantdebug.tensor_probes import samples_first, shown
 from lightning_quantdebug.weight_symptoms import MOST_BATCHES, decibels
 
 MOST_TOKENS = 4096
@@ -144,12 +145,20 @@ def seen_in_validation(session: Instrumentation, runs: Runs, names: Mapping[str,
 
         return tap
 
+    turns = {name: samples_first(session, name) for name in found}
+    views = {name: partial(_take, found[name], session.quantizers[name], turns[name]) for name in found}
+
     def visit(run: Callable[[], Any], index: int) -> None:
-        with session.tapped({key: tap_of(name) for key, name in keys.items()}), _probed(session, found):
+        with session.tapped({key: tap_of(name) for key, name in keys.items()}), shown(session, views):
             run()
 
     runs(visit, MOST_BATCHES)
     return found
+
+
+def _take(seen: Seen, quantizer: Quantizer, turn: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Take in one batch of a tensor, samples first."""
+    seen.take(turn(x) if x.ndim == 3 else x, quantizer)
 
 
 def _is_real(tensor: Tensor) -> bool:
@@ -167,25 +176,3 @@ def _joins_of(session: Instrumentation, names: list[str]) -> dict[OpKey, str]:
     }
     sites = [site for site in session.plan.sites if site.kind is Kind.ACTIVATION and site.name in names]
     return {spot.key: site.name for site in sites for spot in site.places if spot.slot is None and spot.key in wanted}
-
-
-@contextmanager
-def _probed(session: Instrumentation, found: Mapping[str, Seen]) -> Iterator[None]:
-    """The named quantizers show their tensors while the block runs in FP32."""
-
-    def probe_of(name: str) -> Callable[[Tensor], Tensor]:
-        def probe(x: Tensor) -> Tensor:
-            found[name].take(x, session.quantizers[name])
-            return x
-
-        return probe
-
-    with session.modes(Mode.BYPASS):
-        try:
-            for name in found:
-                session.quantizers[name].probe = probe_of(name)
-                session.quantizers[name].mode = Mode.OBSERVE
-            yield
-        finally:
-            for name in found:
-                session.quantizers[name].probe = None

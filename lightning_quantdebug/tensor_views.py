@@ -7,9 +7,9 @@ grid as it was there. So before and after a repair are the same samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from lightning_quantdebug.layers import Layer, Runs
 from lightning_quantdebug.noise import sqnr_db
 from lightning_quantdebug.quantizer import Quantizer
 from lightning_quantdebug.report import StepName
-from lightning_quantdebug.target import Kind, Mode
+from lightning_quantdebug.target import Kind
+from lightning_quantdebug.tensor_probes import samples_first, shown
 from lightning_quantdebug.visuals import HeatMap, TensorState, TensorView
 from lightning_quantdebug.weight_symptoms import MOST_BATCHES
 
@@ -225,7 +226,12 @@ def _take(
     session: Instrumentation, run: Callable[[], Any], seen: Mapping[str, _Look], axes: Mapping[str, int], first: bool
 ) -> None:
     """Look at all tensors of one moment in one run; weights are the same for all batches."""
-    with _probed(session, seen, axes):
+    views = {
+        name: partial(_take_activation, seen[name], session.quantizers[name], axis, samples_first(session, name))
+        for name, axis in axes.items()
+        if session.quantizers[name].is_calibrated
+    }
+    with shown(session, views):
         run()
     if not first:
         return
@@ -237,31 +243,13 @@ def _take(
             _take_weight(session, layer, look, None if known is None else known[0])
 
 
-@contextmanager
-def _probed(session: Instrumentation, seen: Mapping[str, _Look], axes: Mapping[str, int]) -> Iterator[None]:
-    """The quantizers of activations show their tensors while the block runs, all others are bypassed."""
-    quantizers = [session.quantizers[name] for name in axes if session.quantizers[name].is_calibrated]
-
-    def probe_of(quantizer: Quantizer) -> Callable[[Tensor], Tensor]:
-        def probe(x: Tensor) -> Tensor:
-            axis, look = axes[quantizer.name], seen[quantizer.name]
-            quantized = quantizer.quantized(x)
-            look.axis = "channel" if x.ndim >= 2 else "value"
-            look.take(x, quantized, quantizer, axis if x.ndim >= 2 else None, MOST_VALUES // MOST_BATCHES)
-            if x.ndim == 3 and axis == -1:
-                look.take_map(_finite(x), _finite(quantized), ("token", "channel"))
-            return x
-
-        return probe
-
-    with session.modes(Mode.BYPASS):
-        try:
-            for quantizer in quantizers:
-                quantizer.probe, quantizer.mode = probe_of(quantizer), Mode.OBSERVE
-            yield
-        finally:
-            for quantizer in quantizers:
-                quantizer.probe = None
+def _take_activation(look: _Look, quantizer: Quantizer, axis: int, turn: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Look at an activation in FP32 and as it is on the grid."""
+    quantized = quantizer.quantized(x)
+    look.axis = "channel" if x.ndim >= 2 else "value"
+    look.take(x, quantized, quantizer, axis if x.ndim >= 2 else None, MOST_VALUES // MOST_BATCHES)
+    if x.ndim == 3 and axis == -1:
+        look.take_map(turn(_finite(x)), turn(_finite(quantized)), ("token", "channel"))
 
 
 def _take_weight(session: Instrumentation, layer: Layer, look: _Look, weight: Tensor | None) -> None:

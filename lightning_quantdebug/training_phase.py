@@ -23,6 +23,7 @@ from lightning_quantdebug.calibration import RECORDED_BATCHES, calibration_loade
 from lightning_quantdebug.diagnosis import Diagnosis
 from lightning_quantdebug.errors import SettingsError
 from lightning_quantdebug.evaluation import Evaluation, Evaluator
+from lightning_quantdebug.gallery import after_training
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.qat import Aim, Course, Qat
 from lightning_quantdebug.qat_checks import check_callbacks, check_training, reason_never_to_train
@@ -185,7 +186,11 @@ class TrainingPhase:
         with self.callback.harmless(trainer):
             evaluation = qat.finish()
             seconds = time.monotonic() - self._started
-            self.callback.report = with_training(report, self.settings, reference, evaluation, qat, seconds)
+            trained = with_training(report, self.settings, reference, evaluation, qat, seconds)
+            if qat.best.epoch:
+                evaluator = Evaluator(trainer, qat.pl_module, self.settings.monitor)
+                trained = after_training(qat.session, evaluator, trained)
+            self.callback.report = trained
             self.callback.write(trainer, qat.directory, qat.session)
         self._walked_after = fit_compat.processed_epochs(trainer)
         self._state = self._state_of(qat, report) if qat.best.epoch else {}

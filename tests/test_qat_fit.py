@@ -568,3 +568,19 @@ def test_distillation_draws_the_logits_to_those_of_fp32(tmp_path: Path) -> None:
     assert qat_step(distilled).details["notes"] == []
     assert qat_step(distilled).details["scores"] != qat_step(plain).details["scores"]
     assert qat_step(distilled).score < qat_step(distilled).details["start_score"]
+
+
+def test_the_guilty_tensors_are_seen_after_training_too(tmp_path: Path) -> None:
+    callback = debugger(tolerance=0.001)
+    fit(tmp_path, callback)
+    report = callback.report
+    assert report is not None
+    assert qat_step(callback).details["best_epoch"] > 0
+    assert report.visuals.tensors
+    for view in report.visuals.tensors:
+        steps = [state.step for state in view.states]
+        assert (steps[0], steps[-1]) == ("fp32_check", "qat")
+        final = report.final.settings[view.quantizer]
+        assert view.states[-1].bit_width == final.bit_width
+        assert view.states[-1].scale == pytest.approx(final.scale)
+        assert view.states[-1].scale != view.states[-2].scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from lightning_quantdebug.evaluation import Evaluation
 from lightning_quantdebug.measurement import Measurement
 from lightning_quantdebug.noise import sqnr_db
 from lightning_quantdebug.paired_loss import loss_interval
-from lightning_quantdebug.quantizer_analysis import _kept as kept_tensors
 from lightning_quantdebug.sensitivity import Bench, Sensitivities, Table
 from lightning_quantdebug.target import Mode
+from lightning_quantdebug.tensor_probes import shown
 from tests import zoo
 from tests.analyses import Everything, analysed, module_of
 from tests.walks import Classifier, Judged
@@ -427,12 +428,13 @@ def test_tensors_of_the_first_batch_are_looked_at_without_a_run_of_their_own() -
         def keep(name: str, x: Tensor) -> None:
             seen[name] = seen.get(name, 0) + 1
 
-        bench.visit = lambda: kept_tensors(bench.session, keep)
+        names = [quantizer.name for quantizer in bench.session.select(kind="activation")]
+        bench.visit = lambda: shown(bench.session, {name: partial(keep, name) for name in names})
         runs: list[int] = []
         bench.progress = lambda done, total: runs.append(done)
         sensitivities.exhaust()
         assert len(runs) == (len(sensitivities._order) + 2) * 3
-        assert set(seen) == {quantizer.name for quantizer in bench.session.select(kind="activation")}
+        assert set(seen) == set(names)
         assert all(quantizer.probe is None for quantizer in bench.session.quantizers.values())
 
     analysed(module_of("mobilenet"), action)

@@ -338,3 +338,26 @@ def test_nan_and_constants_do_no_harm() -> None:
         assert state.channel_sqnr_db == (None,) * 3
         assert sum(state.fp32) == state.values
         assert state.edges[0] < 0 < state.edges[-1]
+
+
+def test_tokens_are_told_from_samples_where_attention_has_turned_them() -> None:
+    class Turned(nn.Module):
+        """Samples second, as ``nn.MultiheadAttention`` computes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.b(self.a(x).transpose(0, 1))).transpose(0, 1)
+
+    net = Turned()
+    batches = [torch.randn(5, 3, 6), torch.randn(4, 3, 6)]
+    views, _ = seen(net, batches, ["relu"])
+    found = views["relu"].heat_map
+    assert found is not None
+    assert (found.total_rows, found.total_columns) == (3, 8)
+    with torch.no_grad():
+        peak = torch.cat([net(batch) for batch in batches]).abs().amax(0)
+    np.testing.assert_allclose(found.values, peak, rtol=1e-4)
