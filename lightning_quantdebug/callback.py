@@ -20,8 +20,8 @@ from typing import Any
 from lightning_quantdebug import lightning_compat as compat
 from lightning_quantdebug.best_weights import best_weights, checkpoint_callback
 from lightning_quantdebug.calibration import calibration_loader, capture, set_ranges
-from lightning_quantdebug.console import Progress, summary
-from lightning_quantdebug.diagnosis import EVALUATIONS, Diagnosis, histograms
+from lightning_quantdebug.console import Progress, print_summary
+from lightning_quantdebug.diagnosis import EVALUATIONS, Diagnosis
 from lightning_quantdebug.errors import QuantDebugError, ReportError, SettingsError
 from lightning_quantdebug.evaluation import Evaluator
 from lightning_quantdebug.instrument import Instrumentation
@@ -30,10 +30,10 @@ from lightning_quantdebug.own_quantizers import find_own_quantizers, own_quantiz
 from lightning_quantdebug.plausibility import missing_extras, not_run
 from lightning_quantdebug.qat_checks import reason_not_to_train
 from lightning_quantdebug.rank_agreement import gather
-from lightning_quantdebug.report import Report, Verdict, write_atomically
-from lightning_quantdebug.report_markdown import to_markdown
+from lightning_quantdebug.report import Report, Verdict
+from lightning_quantdebug.report_pages import page_files, write_pages
 from lightning_quantdebug.settings import OnError, Settings, When, make_settings
-from lightning_quantdebug.target import Kind, Mode, QuantTarget
+from lightning_quantdebug.target import Mode, QuantTarget
 from lightning_quantdebug.tensorboard import ReviewWriter
 from lightning_quantdebug.training_phase import TrainingPhase
 
@@ -46,7 +46,8 @@ class QuantDebug(CallbackBase):
 
     Add it to the Trainer's callbacks. At the end of ``trainer.fit``, or of ``trainer.validate``, it walks through the
     flow chart of quantization debugging (Nagel et al. 2021, section 3.6), judged by your own ``validation_step`` and
-    metric, and writes ``report.json``, ``report.md`` and TensorBoard pages. Your model is left as it was.
+    metric, and writes ``report.html``, ``report.json``, ``report.md`` and TensorBoard pages. Your model is left as it
+    was.
 
     Args:
         monitor: Name of the metric that validation logs, as in ModelCheckpoint.
@@ -340,7 +341,7 @@ class QuantDebug(CallbackBase):
                 self.report = replace(diagnosis.report, verdict=Verdict.FAILED, error=error)
                 raise
             finally:
-                self.write(trainer, directory, diagnosis.session)
+                self.write(trainer, directory)
         if not diagnosis.wants_training:
             self.say(trainer)
         return diagnosis
@@ -350,7 +351,7 @@ class QuantDebug(CallbackBase):
         limit = self.settings.limit_batches if limit_batches is None else limit_batches
         return Evaluator(trainer, pl_module, self.monitor, limit_batches=limit)
 
-    def write(self, trainer: Any, directory: Path, session: Instrumentation | None) -> None:
+    def write(self, trainer: Any, directory: Path) -> None:
         """Write the report's files and the TensorBoard pages on rank zero."""
         assert self.report is not None
         if not trainer.is_global_zero:
@@ -358,17 +359,15 @@ class QuantDebug(CallbackBase):
         with ReviewWriter(trainer, directory, self.tag(trainer)) as writer:
             files = {
                 "report.json": str(directory / "report.json"),
-                "report.md": str(directory / "report.md"),
+                **page_files(directory),
                 "tensorboard": writer.log_dir,
             }
             kept = directory / "fp32.ckpt"
             files |= {kept.name: str(kept)} if self._training.runs and kept.exists() else {}
             self.report = replace(self.report, final=replace(self.report.final, files=files))
             self.report.to_json(files["report.json"])
-            write_atomically(files["report.md"], to_markdown(self.report))
+            write_pages(self.report, directory)
             writer.write_report(self.report, trainer.global_step)
-            for kind in Kind:
-                writer.write_histograms(histograms(session, kind), kind, trainer.global_step)
 
     def say(self, trainer: Any) -> None:
         """Print the summary and the warnings."""
@@ -377,7 +376,7 @@ class QuantDebug(CallbackBase):
         for warning in check.details.get("warnings", []) if check is not None else []:
             compat.rank_zero_warn(trainer, f"QuantDebug: {warning}")
         if self.settings.verbose and trainer.is_global_zero:
-            print(summary(self.report), flush=True)
+            print_summary(self.report)
 
     def directory(self, trainer: Any) -> Path:
         """Where this callback writes; called on every rank, as ``trainer.log_dir`` asks the others."""

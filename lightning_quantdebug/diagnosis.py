@@ -6,7 +6,7 @@ The report is the only memory: each step takes what it needs from it and adds on
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from lightning_quantdebug.flowchart import final_verdict, judge, next_step, obje
 from lightning_quantdebug.fp32_check import Fp32Check, Reference, first_non_finite
 from lightning_quantdebug.gallery import Gallery
 from lightning_quantdebug.instrument import Instrumentation
-from lightning_quantdebug.observer import Histogram
 from lightning_quantdebug.own_quantizers import find_own_quantizers, own_quantizers
 from lightning_quantdebug.paired_loss import interaction, judged_step
 from lightning_quantdebug.plausibility import (
@@ -526,13 +525,6 @@ class Diagnosis:
         if coverage.unseen:
             evidence = f"operations ran in validation that calibration never met, in FP32: {list(coverage.unseen[:10])}"
             self.report = self.report.with_findings(Finding(Cause.NOT_QUANTIZED, evidence))
-
-
-def histograms(session: Instrumentation | None, kind: Kind) -> Mapping[str, Histogram]:
-    """Histogram of each tensor that calibration saw."""
-    if session is None:
-        return {}
-    return {q.name: q.observer.histogram for q in session.select(kind=kind) if q.observer.count}
 
 
 def _standing_of(step: Step) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def _row(row: Sensitivity, with_off: bool) -> list[str]:
     """The cells of one quantizer."""
     ends = "" if row.interval is None else f" [{number(row.interval[0], 2)}, {number(row.interval[1], 2)}]"
     cells = [code(row.quantizer), str(row.bit_width), _decibels(row.sqnr_db), number(row.kl, 3)]
-    cells += [f"{number(row.loss, 2)}{ends}", _judgement(row)]
+    cells += [f"{number(row.loss, 2)}{ends}", judgement(row)]
     cells += [number(row.loss_when_off, 2)] if with_off else []
     samples = "" if row.samples is None else f" {row.samples}"
     return [*cells, number(row.task_loss, 2), helps(row.counterfactuals), escape(f"{row.method}{samples}")]
@@ -54,7 +54,7 @@ def _decibels(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def _judgement(row: Sensitivity) -> str:
+def judgement(row: Sensitivity) -> str:
     """What the score says of a quantizer."""
     if row.guilty:
         return "guilty"

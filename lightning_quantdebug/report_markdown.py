@@ -127,7 +127,7 @@ def next_steps(report: Report) -> list[str]:
     """What the user can do now: plain sentences, the most useful first."""
     steps = list(dict.fromkeys(finding.advice for finding in report.findings if finding.advice))[:MAX_NAMES]
     if report.verdict in (Verdict.ACCEPTED, Verdict.REPAIRED, Verdict.REPAIRED_BY_QAT):
-        return [*steps, _MEASURE_ON_DEVICE]
+        return [_MEASURE_ON_DEVICE, *steps]
     if report.verdict is Verdict.NOT_ACCEPTED:
         undone = [step.advice for step in left_undone(report)[:1]]
         return steps + (undone or _wider_targets(report))
@@ -320,7 +320,7 @@ def _coverage(coverage: Coverage) -> str:
     """How many tensors are quantized, and the reasons why others are not."""
     total = len(coverage.quantized)
     lines = [f"{total} quantizer{'' if total == 1 else 's'}."]
-    grouped = sorted(_names_by_reason(coverage).items(), key=lambda item: -len(item[1]))
+    grouped = sorted(names_by_reason(coverage).items(), key=lambda item: -len(item[1]))
     for reason, names in grouped[:MAX_REASONS]:
         lines.append(f"Not quantized, {escape(reason)}: {_names(names)}.")
     if len(grouped) > MAX_REASONS:
@@ -331,7 +331,7 @@ def _coverage(coverage: Coverage) -> str:
     return "## Coverage\n\n" + _bullets(lines)
 
 
-def _names_by_reason(coverage: Coverage) -> dict[str, list[str]]:
+def names_by_reason(coverage: Coverage) -> dict[str, list[str]]:
     """Names that share a reason, where reasons that differ only in a name they mention are one."""
     known = {*coverage.quantized, *(item.name for item in coverage.unquantized)}
     grouped: dict[str, list[str]] = {}

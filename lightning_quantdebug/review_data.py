@@ -83,10 +83,10 @@ def waterfall(report: Report) -> tuple[Stage, ...]:
         At least two bars, or none where the whole model was never measured.
     """
     known = [(label, score) for label, score in _whole_scores(report) if score is not None]
-    if report.baseline is None or not known:
-        return ()
     first = report.step(StepName.FP32_CHECK)
-    start = first.score if first is not None and first.score is not None else report.baseline.score
+    start = first.score if first is not None and first.score is not None else fp32_score(report)
+    if report.baseline is None or start is None or not known:
+        return ()
     falls = direction_of(report) is Direction.MIN
     stages = [Stage("FP32", start)]
     for label, score in known:
@@ -149,22 +149,29 @@ def ranking(report: Report, kind: Kind, most: int = MOST_ROWS) -> Ranking:
     return Ranking(kind, tuple(rows[:most]), len(rows), permitted_loss(report))
 
 
+def fp32_score(report: Report) -> float | None:
+    """The score of the baseline; ``None`` where there is none, or where it was no number when it was written."""
+    score: float | None = None if report.baseline is None else report.baseline.score
+    return score
+
+
 def permitted_loss(report: Report) -> float | None:
     """The tolerance in the metric's units, or ``None`` where the report does not say it."""
-    if report.baseline is None:
+    reference = fp32_score(report)
+    if reference is None:
         return None
     try:
-        return Tolerance.parse(report.settings.get("tolerance", "")).permitted_loss(report.baseline.score)
+        return Tolerance.parse(report.settings.get("tolerance", "")).permitted_loss(reference)
     except SettingsError:
         return None
 
 
 def worst_permitted_score(report: Report) -> float | None:
     """The score at the tolerance, or ``None`` where the report does not say it."""
-    permitted = permitted_loss(report)
-    if permitted is None or report.baseline is None:
+    permitted, reference = permitted_loss(report), fp32_score(report)
+    if permitted is None or reference is None:
         return None
-    return report.baseline.score + (permitted if direction_of(report) is Direction.MIN else -permitted)
+    return reference + (permitted if direction_of(report) is Direction.MIN else -permitted)
 
 
 def direction_of(report: Report) -> Direction:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quantdebug.advice import on_failure
-from lightning_quantdebug.diagnosis import EVALUATIONS, Diagnosis, histograms
+from lightning_quantdebug.diagnosis import EVALUATIONS, Diagnosis
 from lightning_quantdebug.encoding import encoding_from_range
 from lightning_quantdebug.environment import environment
 from lightning_quantdebug.evaluation import Evaluator
@@ -21,10 +21,8 @@ from lightning_quantdebug.quantizer import Quantizer
 from lightning_quantdebug.report import Cause, Report, Step, StepName, StepVerdict, Verdict
 from lightning_quantdebug.settings import make_settings
 from lightning_quantdebug.target import Granularity, Kind, Mode, QuantSpec
-from tests import zoo
 from tests.walks import Classifier, Judged, in_validation, state_of
 from tests.walks import walk_unrepaired as walk
-from tests.walks import walked_unrepaired as walked
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -286,17 +284,6 @@ def test_environment() -> None:
     assert environment(nn.Linear(2, 2, device="meta"), 0)["device"] == "meta"
 
 
-def test_histograms_hold_what_calibration_saw() -> None:
-    network, _ = zoo.make("mobilenet")
-    diagnosis = walked(Judged(network, [zoo.ZOO["mobilenet"].batch()]))
-    activations, weights = (histograms(diagnosis.session, kind) for kind in (Kind.ACTIVATION, Kind.WEIGHT))
-    assert set(activations) | set(weights) == set(diagnosis.report.final.settings)
-    assert not set(activations) & set(weights)
-    setting = diagnosis.report.final.settings["net.features.0.2"]
-    assert activations["net.features.0.2"].range_min <= setting.observed_min  # type: ignore[operator] # it was seen
-    assert int(weights["net.classifier.1.weight"].counts.sum()) == 120
-
-
 # The course of a walk.
 
 
@@ -308,7 +295,6 @@ def test_every_step_is_announced_and_every_evaluation_counted(trained: nn.Module
     def action(running: Any) -> None:
         evaluator = Evaluator(running, module, "loss")
         diagnosis = Diagnosis(evaluator, evaluator, settings, None, steps.append, lambda: count.append(1))
-        assert histograms(diagnosis.session, Kind.WEIGHT) == {}
         report = diagnosis.walk()
         assert report is diagnosis.report
         assert all(step.seconds > 0 for step in report.steps if step.score is not None)

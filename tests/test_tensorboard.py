@@ -1,7 +1,8 @@
 """What was written is read back from the event files, as TensorBoard reads it."""
 
+import io
 import re
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,16 +11,18 @@ import lightning.pytorch
 import numpy as np
 import pytest
 import pytorch_lightning
-import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
 
+from lightning_quantdebug import tensorboard
 from lightning_quantdebug.errors import ReportError
-from lightning_quantdebug.observer import Histogram
 from lightning_quantdebug.report import Report, Step, StepName, StepVerdict
-from lightning_quantdebug.target import Kind
-from lightning_quantdebug.tensorboard import ReviewWriter, condense
+from lightning_quantdebug.tensorboard import ReviewWriter
 from tests.report_examples import full_report, hostile_report
+from tests.visual_examples import image_report
 
 NAMESPACES = [pytorch_lightning, lightning.pytorch]
 
@@ -59,7 +62,11 @@ def test_a_report_is_written_as_scalars_and_pages(tmp_path: Path) -> None:
         writer.write_report(full_report(), step=7)
         assert writer.log_dir == str(tmp_path)
     read = events(tmp_path)
-    scalars = {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+    scalars = {
+        tag: [(event.step, event.value) for event in read.Scalars(tag)]
+        for tag in read.Tags()["scalars"]
+        if re.match("quantdebug/(score|loss)/", tag)
+    }
     assert scalars == {
         f"quantdebug/{word}/{step}": [(7, pytest.approx(value))]
         for step, *values in [
@@ -138,9 +145,10 @@ def test_the_first_tensorboard_logger_gets_the_pages_and_every_other_logger_the_
     for logger in (first, second):
         logger.finalize("success")
     assert other.rows == [({"quantdebug/score/weights": 0.5}, 2)]
-    assert events(first.log_dir).Tags()["scalars"] == ["quantdebug/score/weights"]
+    assert events(first.log_dir).Tags()["scalars"] == ["quantdebug/score/weights", "quantdebug/walk/score"]
     assert events(second.log_dir).Tags()["scalars"] == ["quantdebug/score/weights"]
     assert events(first.log_dir).Tags()["tensors"] == ["quantdebug/report/text_summary"]
+    assert events(second.log_dir).Tags()["images"] == []
     assert events(second.log_dir).Tags()["tensors"] == []
 
 
@@ -149,7 +157,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with ReviewWriter(Rank(other, is_global_zero=False), tmp_path / "own") as writer:
         writer.write_report(full_report(), step=0)
         writer.write_watch("val_acc", 0.5, step=0)
-        writer.write_histograms({"conv": Histogram(torch.tensor([1]), 0.0, 1.0)}, Kind.WEIGHT, step=0)
+        writer.write_training("val_acc", 0.5, step=0)
     assert other.rows == []
     assert not (tmp_path / "own").exists()
 
@@ -168,58 +176,176 @@ def test_an_unwritable_directory_is_said_with_the_way_out(with_logger: bool, tmp
         ReviewWriter(trainer, blocked).write_watch("val_acc", 0.5, step=0)
 
 
-@pytest.mark.parametrize(("kind", "folder"), [(Kind.WEIGHT, "weights"), (Kind.ACTIVATION, "activations")])
-def test_a_histogram_is_read_back_with_every_count_in_its_place(kind: Kind, folder: str, tmp_path: Path) -> None:
-    values = np.random.default_rng(0).normal(size=100_000)
-    counts, _ = np.histogram(values, bins=4096, range=(-8.0, 8.0))
-    histogram = Histogram(torch.from_numpy(counts), -8.0, 8.0)
-    empty = Histogram(torch.zeros(4096, dtype=torch.int64), 0.0, 1.0)
+def test_pictures_are_read_back_and_grouped(tmp_path: Path) -> None:
+    report = image_report()
     with ReviewWriter(None, tmp_path) as writer:
-        writer.write_histograms({"layer1.0@1": histogram, "never": empty}, kind, step=5)
+        writer.write_report(report, step=3)
     read = events(tmp_path)
-    assert read.Tags()["histograms"] == [f"quantdebug/{folder}/layer1.0@1"]
-    (event,) = read.Histograms(f"quantdebug/{folder}/layer1.0@1")
-    value = event.histogram_value
-    assert event.step == 5
-    assert value.num == 100_000
-    assert 64 < len(value.bucket) <= 128
-    assert len(value.bucket) == len(value.bucket_limit)
-    edges = [value.min, *value.bucket_limit]
-    assert value.bucket == np.histogram(values, bins=edges)[0].tolist()
-    assert value.sum == pytest.approx(values.sum(), abs=16 / 4096 * 1000)
-    assert value.sum_squares == pytest.approx((values**2).sum(), rel=0.01)
+    overview = [
+        "flow_chart",
+        "waterfall",
+        "ranking_weights",
+        "ranking_activations",
+        "bits_over_depth",
+        "class_shift",
+        "flipped_samples",
+    ]
+    tensors = [
+        f"quantdebug_tensors/{view.quantizer}/{name}"
+        for view in report.visuals.tensors
+        for name in ("channel_ranges", "histogram", "noise")
+    ]
+    expected = [*(f"quantdebug/pictures/{place}_{name}" for place, name in enumerate(overview, 1)), *tensors]
+    assert sorted(read.Tags()["images"]) == sorted(expected)
+    for tag in expected:
+        (event,) = read.Images(tag)
+        drawn = Image.open(io.BytesIO(event.encoded_image_string))
+        assert event.step == 3
+        assert drawn.size == (event.width, event.height)
+        assert 600 < event.width < 1600
+        # Something is drawn: not one colour from edge to edge.
+        assert len(set(drawn.convert("L").resize((40, 30)).tobytes())) > 3
 
 
-@pytest.mark.parametrize("bins", [1, 127, 128, 129, 1000, 4096])
-@pytest.mark.parametrize("make", [torch.ones, lambda bins: torch.arange(bins) % 3], ids=["ones", "gaps"])
-def test_condensing_loses_no_count(bins: int, make: Callable[[int], torch.Tensor]) -> None:
-    counts = make(bins).long()
-    raw = condense(Histogram(counts, -1.0, 3.0))
-    if raw is None:
-        assert counts.sum() == 0
-        return
-    limits = [raw["min"], *raw["bucket_limits"]]
-    assert len(raw["bucket_counts"]) <= 128
-    assert sum(raw["bucket_counts"]) == raw["num"] == int(counts.sum())
-    assert limits == sorted(set(limits))
-    assert limits[-1] == raw["max"]
-    centres = -1.0 + 4.0 / bins * (np.arange(bins) + 0.5)
-    assert raw["bucket_counts"] == np.histogram(centres, bins=limits, weights=counts.numpy())[0].tolist()
-
-
-def test_empty_ends_are_left_out_so_that_an_outlier_range_does_not_squash_the_picture() -> None:
-    counts = torch.zeros(4096, dtype=torch.int64)
-    counts[2048:2056] = 5
-    raw = condense(Histogram(counts, -8.0, 8.0))
-    assert raw is not None
-    assert (raw["min"], raw["max"]) == (0.0, 8 * 16 / 4096)
-    assert raw["bucket_counts"] == [5.0] * 8
-
-
-def test_a_constant_tensor_is_one_bucket(tmp_path: Path) -> None:
-    counts = torch.zeros(4096, dtype=torch.int64)
-    counts[0] = 9
+def test_histograms_of_guilty_tensors_stand_at_the_steps_of_the_walk(tmp_path: Path) -> None:
+    report = image_report()
     with ReviewWriter(None, tmp_path) as writer:
-        writer.write_histograms({"q": Histogram(counts, 2.0, 2.0)}, Kind.WEIGHT, step=0)
-    (event,) = events(tmp_path).Histograms("quantdebug/weights/q")
-    assert (event.histogram_value.min, event.histogram_value.max, event.histogram_value.bucket) == (2.0, 2.0, [9.0])
+        writer.write_report(report, step=3)
+    read = events(tmp_path)
+    assert len(read.Tags()["histograms"]) == 2 * len(report.visuals.tensors)
+    for view in report.visuals.tensors:
+        for word in ("fp32", "quantized"):
+            found = read.Histograms(f"quantdebug_tensors/{view.quantizer}/{word}")
+            assert [event.step for event in found] == [0, 3, 8]
+            for event, state in zip(found, view.states, strict=True):
+                value = event.histogram_value
+                assert value.num == sum(getattr(state, word))
+                assert value.bucket == list(getattr(state, word))
+                np.testing.assert_allclose([value.min, *value.bucket_limit], state.edges)
+                centres = (np.array(state.edges[1:]) + np.array(state.edges[:-1])) / 2
+                assert value.sum == pytest.approx(float(centres @ np.array(getattr(state, word))), rel=1e-6, abs=1e-6)
+                assert value.sum_squares == pytest.approx(float(centres**2 @ np.array(getattr(state, word))))
+
+
+def test_the_walk_and_the_sensitivities_are_curves(tmp_path: Path) -> None:
+    report = image_report()
+    with ReviewWriter(None, tmp_path) as writer:
+        writer.write_report(report, step=3)
+    read = events(tmp_path)
+
+    def curve(tag: str) -> dict[int, float]:
+        return {event.step: event.value for event in read.Scalars(tag)}
+
+    assert curve("quantdebug/walk/score") == pytest.approx(
+        {0: 0.93, 1: 0.926, 2: 0.5, 3: 0.86, 4: 0.84, 7: 0.925, 8: 0.924}, rel=1e-6
+    )
+    # TensorBoard's charts of margins refuse curves of different steps: where there is no interval there is no loss.
+    walk = image_report().with_step(Step(StepName.QAT, StepVerdict.PASSED, 0.9, 0.03))
+    with ReviewWriter(None, tmp_path / "other") as writer:
+        writer.write_report(walk, step=3)
+    other = events(tmp_path / "other")
+    losses = [{e.step: e.value for e in other.Scalars(f"quantdebug/walk/loss{end}")} for end in ("", "_low", "_high")]
+    assert losses[0] == curve("quantdebug/walk/loss")
+    assert losses[0].keys() == losses[1].keys() == losses[2].keys() == {0, 1, 2, 3, 4, 7, 8}
+    assert (losses[1][2], losses[2][2]) == (pytest.approx(0.4), pytest.approx(0.46))
+    depths = {name: depth for depth, name in enumerate(report.coverage.quantized)}
+    for kind in ("weight", "activation"):
+        rows = [row for row in report.sensitivity if row.kind == kind]
+        assert curve(f"quantdebug/sensitivity/{kind}_sqnr_db") == pytest.approx(
+            {depths[row.quantizer]: row.sqnr_db for row in rows}, rel=1e-5
+        )
+        assert curve(f"quantdebug/sensitivity/{kind}_loss") == pytest.approx(
+            {depths[row.quantizer]: row.loss for row in rows}, rel=1e-5
+        )
+
+
+def hyperparameters(read: EventAccumulator) -> dict[str, Any]:
+    """The row of a run in the HParams dashboard."""
+    content = read.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    row = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    return {name: getattr(value, value.WhichOneof("kind")) for name, value in row.items()}
+
+
+def test_a_row_of_hyperparameters_and_the_layout_are_in_a_run_beneath_the_users(tmp_path: Path) -> None:
+    logger = pytorch_lightning.loggers.TensorBoardLogger(tmp_path, name="run")
+    logger.log_hyperparams({"lr": 0.1})
+    with ReviewWriter(Rank(logger), tmp_path / "own") as writer:
+        writer.write_report(image_report(), step=0)
+    logger.finalize("success")
+    of_user, beneath = events(logger.log_dir), events(Path(logger.log_dir) / "quantdebug")
+    assert hyperparameters(of_user) == {"lr": 0.1}
+    row = hyperparameters(beneath)
+    assert (row["Verdict"], row["Target"], row["Tolerance"]) == ("repaired", "int8_per_tensor", "1%")
+    assert (row["settings.monitor"], row["settings.mode"], row["settings.qat_epochs"]) == ("val_acc", "max", 10.0)
+    assert (row["bit_width.weight"], row["bit_width.activation"]) == (8.0, 8.0)
+    assert row["granularity.weight"] == "per_tensor"
+    assert "settings.max_time" not in row
+    assert {tag: beneath.Scalars(tag)[0].value for tag in beneath.Tags()["scalars"]} == pytest.approx(
+        {
+            "outcome/fp32_score": 0.93,
+            "outcome/quantized_score": 0.924,
+            "outcome/loss": 0.006,
+            "outcome/accepted": 1.0,
+            "outcome/seconds": 65.25,
+        },
+        rel=1e-5,
+    )
+    assert "custom_scalars__config__" not in of_user.Tags()["tensors"]
+    content = beneath.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    charts = layout_pb2.Layout.FromString(content).category[0].chart
+    tags = [tag for kind in ("scalars", "images") for tag in of_user.Tags()[kind]]
+    assert len(charts) == 4
+    for chart in charts:
+        series = [item for margin in chart.margin.series for item in (margin.value, margin.lower, margin.upper)]
+        assert all(any(re.search(pattern, tag) for tag in tags) for pattern in chart.multiline.tag)
+        assert set(series) <= set(tags)
+        assert series or chart.multiline.tag
+
+
+def test_tensors_whose_tags_would_be_the_same_have_different_ones(tmp_path: Path) -> None:
+    (view, *_), report = image_report().visuals.tensors, image_report()
+    alike = tuple(replace(view, quantizer=name) for name in ("a/b", "a_b", "c" * 500))
+    with ReviewWriter(None, tmp_path, prefix="quantdebug/int8") as writer:
+        writer.write_report(replace(report, visuals=replace(report.visuals, tensors=alike)), step=0)
+    tags = {tag.rsplit("/", 1)[0] for tag in events(tmp_path).Tags()["histograms"]}
+    assert {"quantdebug_tensors/int8/a_b", "quantdebug_tensors/int8/a_b_1"} < tags
+    (long,) = [tag for tag in tags if "ccc" in tag]
+    assert len(long) < 150
+
+
+def test_pictures_and_text_reach_a_logger_that_has_a_place_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[Any, set[str], set[str]]] = []
+    monkeypatch.setattr(
+        tensorboard, "write_media", lambda logger, pictures, texts: given.append((logger, {*pictures}, {*texts}))
+    )
+    other = Recorder()
+    with ReviewWriter(Rank(other), tmp_path / "own") as writer:
+        writer.write_report(image_report(), step=2)
+    ((logger, pictures, texts),) = given
+    assert logger is other
+    assert "quantdebug/pictures/1_flow_chart" in pictures
+    assert texts == {"quantdebug/report", "quantdebug/table_of_quantizers", "quantdebug/table_of_ranges"}
+    assert {tag for row, _ in other.rows for tag in row} >= {"quantdebug/score/weights", "quantdebug/loss/weights"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "step", "expected"),
+    [
+        ({}, None, False),
+        ({"watch_every_n_epochs": 2}, None, True),
+        ({}, Step(StepName.QAT, StepVerdict.FAILED, details={"scores": [0.5]}), True),
+        ({}, Step(StepName.QAT, StepVerdict.SKIPPED), False),
+    ],
+)
+def test_a_chart_of_epochs_is_there_where_epochs_were_scored(
+    settings: dict[str, Any], step: Step | None, expected: bool, tmp_path: Path
+) -> None:
+    report = image_report()
+    report = replace(report, settings={**report.settings, **settings})
+    with ReviewWriter(None, tmp_path) as writer:
+        writer.write_report(report if step is None else report.with_step(step), step=0)
+    content = events(tmp_path).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    patterns = [tag for chart in layout_pb2.Layout.FromString(content).category[0].chart for tag in chart.multiline.tag]
+    assert ("^quantdebug/(watch|qat)/" in patterns) is expected
