@@ -20,6 +20,7 @@ from lightning_quantdebug.figure_style import png
 from lightning_quantdebug.figures import overview
 from lightning_quantdebug.report import Report
 from lightning_quantdebug.tensor_figures import of_tensor
+from lightning_quantdebug.visuals import TensorView
 
 OVERVIEW = ("flow_chart", "waterfall")
 
@@ -45,6 +46,12 @@ def walked(epochs: int) -> Report:
     return debug.report
 
 
+def gain(view: TensorView) -> float:
+    """What a tensor has gained on the way, in dB."""
+    first, last = view.states[0].sqnr_db, view.states[-1].sqnr_db
+    return 0.0 if first is None or last is None else last - first
+
+
 def main() -> None:
     """Walk, and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -56,7 +63,7 @@ def main() -> None:
     figures = overview(report)
     drawn = {name: figures[name] for name in OVERVIEW}
     if report.visuals.tensors:
-        drawn["tensor"] = of_tensor(report.visuals.tensors[0])["channel_ranges"]
+        drawn["tensor"] = of_tensor(max(report.visuals.tensors, key=gain))["channel_ranges"]
     for name, figure in drawn.items():
         path = arguments.output / f"{name}.png"
         path.write_bytes(png(figure))

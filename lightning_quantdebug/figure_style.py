@@ -245,7 +245,7 @@ def in_points(axes: Axes) -> tuple[float, float]:
 
 
 def pixels(figure: Figure) -> NDArray[np.uint8]:
-    """Draw a picture.
+    """Draw a picture for TensorBoard, which leaves out pixels where it shows a picture small: so it is smoothed.
 
     Args:
         figure: Any figure; it is drawn without a display.
@@ -259,11 +259,15 @@ def pixels(figure: Figure) -> NDArray[np.uint8]:
         >>> pixels(figure).shape
         (735, 1050, 3)
     """
+    return _smoothed(_smoothed(_drawn(figure), 0), 1)
+
+
+def _drawn(figure: Figure) -> NDArray[np.uint8]:
+    """The picture as it is drawn, sharp."""
     canvas: Any = figure.canvas if isinstance(figure.canvas, FigureCanvasAgg) else FigureCanvasAgg(figure)
     with house_style():
         canvas.draw()
-    drawn = np.asarray(canvas.buffer_rgba())[..., :3]
-    return _smoothed(_smoothed(drawn, 0), 1)
+    return np.array(canvas.buffer_rgba())[..., :3]
 
 
 def _smoothed(drawn: NDArray[np.uint8], axis: int) -> NDArray[np.uint8]:
@@ -276,7 +280,7 @@ def _smoothed(drawn: NDArray[np.uint8], axis: int) -> NDArray[np.uint8]:
 
 
 def png(figure: Figure) -> bytes:
-    """Draw a picture as a PNG file.
+    """Draw a picture as a PNG file, sharp: whoever shows a file scales it better than TensorBoard does.
 
     Examples:
         >>> with house_style():
@@ -285,5 +289,5 @@ def png(figure: Figure) -> bytes:
         b'PNG'
     """
     buffer = io.BytesIO()
-    Image.fromarray(pixels(figure)).save(buffer, format="PNG")
+    Image.fromarray(np.ascontiguousarray(_drawn(figure))).save(buffer, format="PNG")
     return buffer.getvalue()
