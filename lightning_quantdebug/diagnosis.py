@@ -79,7 +79,8 @@ class Diagnosis:
         describe: Called with the name of each step as it begins.
         advance: Called after each evaluation.
         expect: Called with the number of evaluations that turn out to be needed as well.
-        progress: Called with the number of runs of a batch that are done and of those that there will be.
+        progress: Called with the number of runs of a batch that are done and of those that there will be; and with
+            what they are where they are something else.
         directory: Where a killed analysis leaves what it has measured; ``None``: nowhere.
         tell: Called with what the user shall be able to read afterwards too.
         reason_not_to_train: Says why no QAT may follow, ``None`` if it may.
@@ -101,7 +102,7 @@ class Diagnosis:
         describe: Callable[[str], None] = lambda step: None,
         advance: Callable[[], None] = lambda: None,
         expect: Callable[[int], None] = lambda evaluations: None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Callable[..., None] = lambda *counts: None,
         directory: Path | None = None,
         tell: Callable[[str], None] = lambda text: None,
         reason_not_to_train: Callable[[], str | None] = lambda: TRAINED_IN_FIT,
@@ -341,6 +342,7 @@ class Diagnosis:
             split=Split.of(reference),
             is_late=lambda: self.is_late,
             describe=self.describe,
+            progress=self.progress,
             measure_whole=None if kind is None else self._score_of_whole,
         )
 

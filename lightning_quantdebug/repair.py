@@ -48,6 +48,7 @@ class Workbench:
         split: Which validation batches choose.
         is_late: Whether the time budget is spent.
         describe: Called with what is being tried.
+        progress: Told how many layers AdaRound has done, of how many, and that they are layers.
         measure_whole: The user's score with all quantizers on, where ``measure`` has only some of them on.
     """
 
@@ -59,6 +60,7 @@ class Workbench:
     split: Split
     is_late: Callable[[], bool]
     describe: Callable[[str], None]
+    progress: Callable[[int, int, str], None] = lambda done, total, unit: None
     measure_whole: Callable[[], float | None] | None = None
 
 
@@ -191,7 +193,7 @@ class Repair:
 
     def _layer_done(self, done: int, total: int) -> None:
         """Say how far a remedy is that goes layer by layer."""
-        self.bench.describe(f"{self.step.value}: adaround, layer {done} of {total}")
+        self.bench.progress(done, total, "layers")
 
 
 def follow_rank_zero(session: Instrumentation) -> None:

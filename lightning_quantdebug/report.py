@@ -364,7 +364,7 @@ class Report:
             raise ReportError(f"The report has schema version {version!r}, this version reads {SCHEMA_VERSION}.")
         try:
             return _report_from(values)
-        except (LookupError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ReportError(f"The report does not follow schema version {SCHEMA_VERSION}: {error}.") from error
 
     @classmethod
@@ -376,7 +376,7 @@ class Report:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ReportError(f"Can not read the report {str(path)!r}: {error}.") from error
         if not isinstance(values, dict):
             raise ReportError(f"The report {str(path)!r} must hold a JSON object, got {type(values).__name__}.")

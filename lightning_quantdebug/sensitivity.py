@@ -229,6 +229,7 @@ class Sensitivities:
         batches = self._batches if limit is None else limit
         groups = -(-len(waiting) // self._group_size(batches)) if waiting else 0
         self._runs = (0, (len(waiting) + 2 * groups) * batches)
+        bench.describe(f"per_quantizer: {table}")
         while waiting and not (found and bench.is_late()):
             group = waiting[: self._group_size(batches)]
             try:
@@ -283,6 +284,7 @@ class Sensitivities:
             reference = evaluator.run_unchecked(limit=limit)
         for name, setting in settings.items():
             one = one_by_one(evaluator, self._plain, setting, limit=limit)
+            self._ran(self._batches if limit is None else limit)
             found[name] = self._measurement(reference, one, limit is None)
         return found
 
@@ -297,9 +299,9 @@ class Sensitivities:
         self._bench.tell(self.table.way)
         self._plain = OutputCache(self._bench.session, self._fp32)
 
-    def _ran(self) -> None:
-        """Count the run of one batch."""
-        self._runs = (self._runs[0] + 1, self._runs[1])
+    def _ran(self, batches: int = 1) -> None:
+        """Count runs of a batch."""
+        self._runs = (self._runs[0] + batches, self._runs[1])
         self._bench.progress(*self._runs)
 
     def _check_score(self, reference: Evaluation, negated: Evaluation) -> None:

@@ -158,3 +158,34 @@ def test_an_exception_at_any_evaluation_of_a_repair_gives_everything_back(error:
         return evaluation
 
     assert in_validation(module, action) > 24
+
+
+def test_the_whole_model_is_measured_with_each_remedy_that_was_kept_and_tensors_are_seen_at_its_moments() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
+    with torch.no_grad():
+        net[0].weight[3] *= 40
+        net[2].weight[:, 3] /= 40
+    user = Against(net, [torch.randn(32, 8, generator=generator()) for _ in range(10)])
+    report = walk(user, monitor="loss", target=NARROW, tolerance=0.0, calibration="val", analysis="estimate")
+    kept = [item for item in report.remedies if item.kept and item.step != StepName.FIX_QUANTIZERS.value]
+    assert len(kept) > 1
+    assert all(item.whole is None for item in report.remedies if not item.kept)
+    for item in kept:
+        assert item.whole is not None
+        # Weights alone are on while their remedies are judged: the whole model loses more.
+        assert item.step != StepName.FIX_WEIGHTS.value or item.whole > (item.after or 0.0)
+    for box in (StepName.FIX_WEIGHTS, StepName.FIX_ACTIVATIONS):
+        of_box = [item for item in kept if item.step == box.value]
+        step = report.step(box)
+        if of_box:
+            assert step is not None
+            # What the last remedy of a box left is what the box ends with.
+            assert step.details["both"]["score"] == of_box[-1].whole
+    boxes = {item.step for item in report.remedies if item.kept}
+    assert report.visuals.tensors
+    for view in report.visuals.tensors:
+        assert [state.step for state in view.states] == ["fp32_check", *(s.value for s in StepName if s.value in boxes)]
+        final = report.final.settings[view.quantizer]
+        assert view.states[-1].bit_width == final.bit_width
+        assert view.states[-1].scale == pytest.approx(final.scale)

@@ -24,6 +24,7 @@ from lightning_quantdebug.report import (
     write_atomically,
 )
 from tests.report_examples import full_report
+from tests.visual_examples import image_report, sentence_report
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +180,40 @@ def test_findings_are_appended_and_their_cause_gives_advice() -> None:
 @pytest.mark.parametrize("enum", [StepVerdict, Verdict, Cause])
 def test_every_outcome_carries_its_advice(enum: Any) -> None:
     assert all(member.advice.endswith(".") for member in enum)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"schema_version": 1, "steps": ' + "[" * 5000 + "]" * 5000 + "}"], ids=["open", "closed"]
+)
+def test_a_file_that_is_nested_without_end_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ReportError, match=r"Can not read the report|does not follow schema"):
+        Report.from_json(path)
+
+
+def test_a_list_in_the_place_of_a_record_is_refused() -> None:
+    values = full_report().to_dict()
+    values["final"]["settings"] = {"conv": []}
+    with pytest.raises(ReportError, match="does not follow schema version 1"):
+        Report.from_dict(values)
+    values = image_report().to_dict()
+    values["visuals"]["tensors"] = ["conv"]
+    with pytest.raises(ReportError, match="does not follow schema version 1"):
+        Report.from_dict(values)
+
+
+def test_what_pictures_are_drawn_from_survives_json_and_follows_the_schema(schema: Any, tmp_path: Path) -> None:
+    for report in (image_report(), sentence_report()):
+        path = report.to_json(tmp_path / "report.json")
+        jsonschema.validate(json.loads(path.read_text(encoding="utf-8")), schema, jsonschema.Draft202012Validator)
+        assert Report.from_json(path).visuals == report.visuals
+        assert Report.from_json(path).remedies == report.remedies
+
+
+def test_a_report_of_before_there_were_pictures_is_read() -> None:
+    values = full_report().to_dict()
+    del values["visuals"]
+    for remedy in values["remedies"]:
+        del remedy["whole"]
+    assert Report.from_dict(values) == Report.from_dict(full_report().to_dict())
