@@ -15,6 +15,7 @@ import logging
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,15 @@ from lightning_quantdebug.report import Report
 from lightning_quantdebug.report_pages import write_pages
 from lightning_quantdebug.tensorboard import ReviewWriter
 
-NETWORKS = {"mobilenet_v2": MobileNetV2, "transformer_encoder": TransformerClassifier}
+NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
+    "mobilenet_v2": MobileNetV2,
+    "transformer_encoder": TransformerClassifier,
+}
 
 
 def walk(net: torch.nn.Module, size: int, samples: int) -> tuple[Report, float]:
     """The report of a walk, and its seconds."""
-    x = images(samples, size)
+    x = torch.randn(samples, 64, 256) if isinstance(net, TransformerClassifier) else images(samples, size)
     with torch.no_grad():
         y = net.eval()(x).argmax(1)
     loader = DataLoader(TensorDataset(x, y), batch_size=16)

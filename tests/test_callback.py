@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_quantdebug import QuantDebug
 from lightning_quantdebug.report import Report, StepName, Verdict
@@ -237,6 +238,8 @@ def test_without_a_logger_report_and_event_files_are_written(tmp_path: Path) -> 
     assert (folder / "report.md").read_text().startswith("# Quantization: ")
     assert (folder / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert callback.report.final.files["report.html"] == str(folder / "report.html")
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    assert "quantdebug/pictures/1_flow_chart" in events.Tags()["images"]
     assert callback.report.final.files["tensorboard"] == str(folder)
 
 
