@@ -126,16 +126,13 @@ def test_scalars_show_the_score_of_each_step(watched: Watched, address: str, rep
             page.get_by_text(f"quantdebug/score/{step.step.value}", exact=False).first.wait_for(timeout=PATIENCE)
 
 
-def test_hparams_show_a_row_for_the_run(watched: Watched, address: str, report: Report) -> None:
-    page = opened(watched, address, "hparams")
-    # The dashboard shows what the server has read when it is opened, and does not look again by itself.
-    for _ in range(10):
-        page.locator("tf-hparams-table-view").get_by_text("quantdebug", exact=False).first.wait_for(timeout=PATIENCE)
+def test_hparams_show_a_row_for_the_run(watched: Watched, run: Path, report: Report) -> None:
+    # Of several runs with hyperparameters TensorBoard shows the columns of the one that it finds first, and the
+    # quickstart has some of its own.
+    with tensorboard_server(run / "quantdebug") as beneath:
+        page = opened(watched, beneath, "hparams")
+        page.locator("tf-hparams-table-view").get_by_text("Target").first.wait_for(timeout=PATIENCE)
         (text,) = watched.texts("tf-hparams-table-view")
-        if "Target" in text:
-            break
-        page.wait_for_timeout(1000)
-        page.reload()
     assert report.verdict is not None
     for shown in ("Target", "Tolerance", "Verdict", report.verdict.value, TARGET, "outcome/loss"):
         assert shown in text
