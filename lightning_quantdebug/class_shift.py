@@ -81,14 +81,14 @@ class _Seen:
         stayed: Samples of each FP32 class that keep it.
         moved: Samples that were moved, by FP32 class and new class.
         right: Samples with a label that are right: in FP32, quantized, and in both.
-        labelled: Samples with a label.
+        labelled: Whether the batches hold labels.
         flips: The flipped samples that FP32 is surest of.
     """
 
     stayed: Tensor
     moved: Counter[tuple[int, int]] = field(default_factory=Counter)
     right: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.long))
-    labelled: int = 0
+    labelled: bool = False
     flips: list[Flip] = field(default_factory=list)
 
     def count(self, exact: Tensor, quantized: Tensor) -> None:
@@ -101,7 +101,7 @@ class _Seen:
         """What a picture shows."""
         classes = self._most_moved()
         fp32, quantized, both = self.right.tolist()
-        known = self.labelled > 0
+        known = self.labelled
         flipped = self.moved.total()
         return Predictions(
             step=step,
@@ -227,13 +227,12 @@ class _Watch:
 
 
 def _count_right(seen: _Seen, exact: _Classes, quantized: _Classes, label: Tensor | None) -> None:
-    """Count right answers; labels that are no class, such as those of padding, do not count."""
+    """Count right answers; no prediction meets a label that is no class, such as that of padding."""
     if label is None:
         return
-    known = (label >= 0) & (label < exact.count)
-    before, after = ((each.predicted == label) & known for each in (exact, quantized))
+    before, after = (each.predicted == label for each in (exact, quantized))
     seen.right += torch.stack([before.sum(), after.sum(), (before & after).sum()])
-    seen.labelled += int(known.sum())
+    seen.labelled = True
 
 
 def _keep_flips(

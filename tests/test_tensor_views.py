@@ -133,7 +133,7 @@ def test_a_weight_per_group_clips_by_group_and_shows_the_widest_range_of_a_chann
 
 def test_an_activation_is_seen_over_all_batches() -> None:
     net = linear()
-    batches = [torch.randn(16, 6) * factor for factor in (1.0, 0.5, 3.0)]
+    batches = [torch.randn(16, 6) * factor for factor in (1.0, 3.0, 0.5)]
     views, grids = seen(net, batches, ["1"])
     with torch.no_grad():
         rows = torch.cat([net[1](net[0](batch)) for batch in batches]).double().numpy().T
