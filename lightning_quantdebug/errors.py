@@ -45,3 +45,11 @@ class NoTrainingDataError(EvaluationError):
 
 class ReportError(QuantDebugError, ValueError):
     """A report can not be read or written."""
+
+
+class RecipeError(QuantDebugError, ValueError):
+    """A recipe can not be read or written, or does not belong to the model that it is applied to."""
+
+
+class ExportError(QuantDebugError, RuntimeError):
+    """The quantized network can not be exported."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ from lightning_quantdebug.topology import Topology
 # A run is recorded again while it finds in-place operations that must write; each round finds all that stand behind the
 # previous ones, so that few rounds are needed. More than this many means that the network differs from run to run.
 _MOST_ROUNDS = 8
+
+R = TypeVar("R", bound=Runner)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +88,13 @@ class Instrumentation:
 
     # Recording and placement.
 
-    def record(self, call: Callable[[], Any], inputs: Any = None, step: bool = False) -> Any:
+    def record(
+        self,
+        call: Callable[[], Any],
+        inputs: Any = None,
+        step: bool = False,
+        names: Mapping[int, str] | None = None,
+    ) -> Any:
         """Run ``call`` once and add its dataflow to the topology.
 
         Args:
@@ -94,6 +102,7 @@ class Instrumentation:
                 effect the network relies on.
             inputs: The batch, so that its tensors get their names.
             step: Whether ``call`` is a step around the root rather than the root's own ``forward``.
+            names: Names of single tensors of the batch, by their ``id``, in place of those that the batch gives them.
 
         Returns:
             What ``call`` returned last.
@@ -102,7 +111,7 @@ class Instrumentation:
             CaptureError: If the network runs differently each time.
         """
         real = frozenset(self.topology.unsafe)
-        named = input_names(inputs)
+        named = input_names(inputs) | dict(names or {})
         for _ in range(_MOST_ROUNDS):
             recorder = Recorder(self.root, self.scope, real, named)
             with torch.no_grad(), recorder.active(step):
@@ -139,13 +148,19 @@ class Instrumentation:
 
     def _arm(self) -> None:
         """Make what runs the network with the quantizers where they sit."""
+        self._runner = self.make_runner(Runner, self.quantizers)
+
+    def make_runner(self, kind: type[R], quantizers: Mapping[str, Quantizer]) -> R:
+        """A runner of this network of another kind, or with other quantizers of the same names."""
         shared = self.topology.shared_keys()
         names: dict[OpKey, str] = {}
         for operation in self.topology:
             key = shared[operation.key]
             names.setdefault(key, operation.name if key.call is not None else operation.name.split("@")[0])
         unsafe = {shared[key] for key in self.topology.unsafe if key in shared}
-        self._runner = Runner(self.root, self._plan, self.quantizers, names, unsafe, self.scope)
+        runner = kind(self.root, self._plan, quantizers, names, unsafe, self.scope)
+        runner.set_adjustments(self._adjustments)
+        return runner
 
     # Running.
 
@@ -441,6 +456,11 @@ class Instrumentation:
     def plan(self) -> Plan:
         """Where quantizers sit."""
         return self._plan
+
+    @property
+    def unseen(self) -> Mapping[str, int]:
+        """How often operations ran that recording had not met, by their names."""
+        return self._placed().unseen
 
     # Without a Trainer.
 

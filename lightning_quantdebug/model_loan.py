@@ -61,25 +61,28 @@ class BorrowedForward:
     """The ``forward`` of an instrumented module: the original one, run with the quantizers.
 
     Copies and pickles of the module get its plain ``forward``, bound to the copy.
+
+    Attributes:
+        original: The plain ``forward``.
     """
 
     def __init__(self, original: Callable[..., Any], run: Callable[[Callable[[], Any]], Any]) -> None:
         """Stand in for ``original``, each call of which goes through ``run``."""
         functools.update_wrapper(self, original)
-        self._original = original
+        self.original = original
         self._run = run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the original with the quantizers in their modes."""
-        return self._run(functools.partial(self._original, *args, **kwargs))
+        return self._run(functools.partial(self.original, *args, **kwargs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """The plain ``forward`` of the copy."""
-        return copy.deepcopy(self._original, memo)
+        return copy.deepcopy(self.original, memo)
 
     def __reduce__(self) -> Any:
         """Pickle as the plain ``forward``, such that it can be read without this package."""
-        return copy.copy, (self._original,)
+        return copy.copy, (self.original,)
 
 
 @contextmanager

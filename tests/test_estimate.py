@@ -35,7 +35,7 @@ def estimates(
     with instrument(model, batches[0], target) as q:
         q.calibrate(batches)
         q.set_mode("bypass")
-        q.record(lambda: step(model.__dict__["forward"]._original, batches[0]), batches[0]) if run else None
+        q.record(lambda: step(model.__dict__["forward"].original, batches[0]), batches[0]) if run else None
         estimator = Estimator(q, probes)
         for batch in batches:
             estimator.observe(lambda: step(model, batch))  # noqa: B023  # called at once

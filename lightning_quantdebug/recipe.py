@@ -1,0 +1,557 @@
+"""The recipe: what turns a user's float weights into the quantized model that was accepted, anywhere.
+
+A recipe is a directory with two files, both of them data and none of them code:
+
+* ``recipe.json``: target, network, the grid of each quantizer, and a fingerprint of the weights that it belongs to.
+* ``tensors.safetensors``: scales and zero points, and what remedies have changed of weights and biases.
+
+:func:`apply_recipe` puts it on a model without a Trainer and without data: where its quantizers sit is found out when
+the model is called first. What it computes is, on the same machine, equal bit for bit to what was accepted.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_quantdebug.adjustment import Adjustment
+from lightning_quantdebug.errors import CaptureError, RecipeError, SettingsError
+from lightning_quantdebug.instrumentation import Instrumentation
+from lightning_quantdebug.interception import clean_path
+from lightning_quantdebug.model_loan import eval_mode, undisturbed
+from lightning_quantdebug.network import Call, Network
+from lightning_quantdebug.recorder import input_names
+from lightning_quantdebug.session_state import load_state, state_of
+from lightning_quantdebug.target import Mode, QuantTarget
+
+SCHEMA_VERSION = 1
+_SETTINGS, _TENSORS = "recipe.json", "tensors.safetensors"
+_PARTS = tuple(item.name for item in fields(Adjustment))
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """A recipe in memory.
+
+    Args:
+        target: What was quantized to.
+        scope: Path of the sub-module that is quantized; ``""``: all.
+        exclude: Name patterns of quantizers that were left out.
+        path: Path of the module that is called; ``""``: the root.
+        inputs: See :class:`~lightning_quantdebug.network.Network`.
+        state: Quantizers and adjustments by name, as :func:`~lightning_quantdebug.session_state.state_of` gives them.
+        reached: Names of the quantizers that the first call of the network must reach.
+        tensors: Shape, dtype and SHA-256 of each parameter and buffer that the network reads, by name.
+        example: What a call looks like: its structure and the shape, dtype and range of each tensor.
+        origin: Versions, the model's class and what the model scored.
+    """
+
+    target: QuantTarget
+    scope: str
+    exclude: tuple[str, ...]
+    path: str
+    inputs: tuple[str, ...]
+    state: Mapping[str, Any]
+    reached: tuple[str, ...]
+    tensors: Mapping[str, Mapping[str, Any]]
+    example: Mapping[str, Any]
+    origin: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls, session: Instrumentation, network: Network, call: Call, origin: Mapping[str, Any] | None = None
+    ) -> Recipe:
+        """The recipe of a session as it is now.
+
+        Args:
+            session: A calibrated session.
+            network: What of its root is called.
+            call: One call of the network, which is recorded to find out what it reads; the tensors are not kept.
+            origin: What is known of where it comes from.
+        """
+        own = _recorded(Recipe._empty(session, network), network, call)
+        reached = tuple(name for name in own.quantizers if name in session.quantizers)
+        if not reached:
+            raise CaptureError(
+                f"The network {network.path or type(network.root).__name__!r} reaches none of the quantizers of "
+                "validation, so that no recipe can be made of it."
+            )
+        return cls(
+            target=session.target,
+            scope=session.scope,
+            exclude=session.exclude,
+            path=network.path,
+            inputs=network.inputs,
+            state=_settled(session),
+            reached=reached,
+            tensors=fingerprints(network.root, _read_by(own)),
+            example=_example_of(call),
+            origin=dict(origin or {}),
+        )
+
+    @classmethod
+    def _empty(cls, session: Instrumentation, network: Network) -> Recipe:
+        """A recipe without content, to record a network with the settings of ``session``."""
+        state: dict[str, Any] = {"quantizers": {}, "adjustments": {}}
+        return cls(
+            session.target, session.scope, session.exclude, network.path, network.inputs, state, (), {}, {}, {}
+        )
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the recipe; a directory of an older one is replaced as a whole.
+
+        Returns:
+            The directory.
+
+        Raises:
+            RecipeError: If it can not be written; nothing is left half-written then.
+        """
+        directory = Path(directory)
+        settings, tensors = self._content()
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            fresh = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
+            try:
+                save_file(tensors, fresh / _TENSORS)
+                (fresh / _SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+                fresh.chmod(0o755)
+                _put_in_place(fresh, directory)
+            finally:
+                shutil.rmtree(fresh, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            raise RecipeError(
+                f"Can not write the recipe to {str(directory)!r}: {error}. Give a writable directory with room."
+            ) from error
+        return directory
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Recipe:
+        """Read a recipe.
+
+        Raises:
+            RecipeError: If there is none, it is damaged, or another version of this package wrote it.
+        """
+        directory = Path(directory)
+        try:
+            settings = json.loads((directory / _SETTINGS).read_text(encoding="utf-8"))
+            version = settings.get("schema_version") if isinstance(settings, dict) else None
+            if version != SCHEMA_VERSION:
+                raise RecipeError(
+                    f"The recipe {str(directory)!r} has the schema version {version!r}, this version of "
+                    f"lightning-quantdebug reads {SCHEMA_VERSION}. Install the version that wrote it "
+                    f"({settings.get('origin', {}).get('lightning_quantdebug') if version else 'unknown'})."
+                )
+            tensors = load_file(directory / _TENSORS)
+            return cls._from_content(settings, tensors)
+        except OSError as error:
+            raise RecipeError(
+                f"Can not read the recipe {str(directory)!r}: {error}. Give the directory `recipe` that QuantDebug "
+                "wrote beside its report."
+            ) from error
+        except (
+            *(ValueError, KeyError, TypeError, AttributeError, RecursionError),
+            *(SettingsError, SafetensorError),
+        ) as error:
+            if isinstance(error, RecipeError):
+                raise
+            raise RecipeError(
+                f"The recipe {str(directory)!r} is damaged: {type(error).__name__}: {error}. Copy it again."
+            ) from error
+
+    # As JSON and tensors.
+
+    def _content(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Plain values, and tensors by key."""
+        tensors: dict[str, Tensor] = {}
+        quantizers: dict[str, Any] = {}
+        for name, values in self.state["quantizers"].items():
+            quantizers[name] = {key: values[key] for key in ("spec", "channel_axis", "frozen")}
+            for key in ("scale", "zero_point"):
+                if values[key] is not None:
+                    tensors[f"{key}/{name}"] = values[key]
+        for name, parts in self.state["adjustments"].items():
+            tensors |= {f"{part}/{name}": tensor for part, tensor in parts.items()}
+        settings = {
+            "schema_version": SCHEMA_VERSION,
+            "origin": dict(self.origin),
+            "target": self.target.to_dict(),
+            "module": self.scope,
+            "exclude": list(self.exclude),
+            "network": {"path": self.path, "inputs": list(self.inputs), "example": dict(self.example)},
+            "model": {name: dict(values) for name, values in self.tensors.items()},
+            "quantizers": quantizers,
+            "adjustments": {name: sorted(parts) for name, parts in self.state["adjustments"].items()},
+            "reached": list(self.reached),
+        }
+        return settings, {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+
+    @classmethod
+    def _from_content(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Recipe:
+        """The recipe that :meth:`_content` was taken of."""
+        quantizers = {}
+        for name, values in settings["quantizers"].items():
+            scale, zero_point = tensors.get(f"scale/{name}"), tensors.get(f"zero_point/{name}")
+            quantizers[name] = {**values, "scale": scale, "zero_point": zero_point, "ratio": None, "count": None}
+        adjustments = {
+            name: {part: tensors[f"{part}/{name}"] for part in parts if part in _PARTS}
+            for name, parts in settings["adjustments"].items()
+        }
+        network = settings["network"]
+        # Lists are what JSON makes of tuples.
+        target = {key: tuple(item) if isinstance(item, list) else item for key, item in settings["target"].items()}
+        return cls(
+            target=QuantTarget.from_value(target),
+            scope=str(settings["module"]),
+            exclude=tuple(settings["exclude"]),
+            path=str(network["path"]),
+            inputs=tuple(network["inputs"]),
+            state={"quantizers": quantizers, "adjustments": adjustments},
+            reached=tuple(settings["reached"]),
+            tensors=settings["model"],
+            example=network["example"],
+            origin=settings["origin"],
+        )
+
+    # Belonging to a model.
+
+    def check(self, model: nn.Module) -> None:
+        """Find out whether the recipe belongs to a model with these weights.
+
+        Raises:
+            RecipeError: If not; the message names what differs.
+        """
+        found = {name for name, _ in _named(model)}
+        missing = [name for name in self.tensors if name not in found]
+        if missing:
+            raise RecipeError(
+                f"The recipe belongs to another model ({self.origin.get('model', 'unknown')}): {type(model).__name__} "
+                f"has no {missing[:3]}{_and_more(missing)}; it has {sorted(found)[:3]}."
+            )
+        now = fingerprints(model, self.tensors)
+        for what in ("shape", "dtype", "sha256"):
+            other = [name for name, values in self.tensors.items() if values[what] != now[name][what]]
+            if other and what == "sha256":
+                raise RecipeError(
+                    f"{len(other)} of {len(now)} weights have other values than the recipe was made for: {other[:3]}"
+                    f"{_and_more(other)}. Load the checkpoint that was diagnosed (after QAT: the trained one), or "
+                    "diagnose the model as it is now."
+                )
+            if other:
+                was, is_now = self.tensors[other[0]][what], now[other[0]][what]
+                raise RecipeError(
+                    f"The recipe belongs to a model of other sizes: the {what} of {other[0]!r} is {is_now}, the recipe "
+                    f"was made for {was}{_and_more(other)}. Build the model with the same arguments."
+                )
+
+    def example_call(self, seed: int = 0) -> Call:
+        """A call with random tensors of the shapes, dtypes and ranges that the recipe was made with."""
+        generator = torch.Generator().manual_seed(seed)
+        try:
+            spec = pytree.treespec_loads(self.example["structure"])
+            leaves = [_random(leaf, generator) for leaf in self.example["leaves"]]
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
+            raise RecipeError(
+                f"The recipe has no example of what the network takes ({error}): give an example batch."
+            ) from error
+        return Call(tuple(args), dict(kwargs))
+
+
+def apply_recipe(model: nn.Module, path: str | Path, *, quantizer: str | None = None) -> QuantizedModel:
+    """The quantized model that was accepted, from its float weights and a recipe.
+
+    Args:
+        model: The LightningModule that was diagnosed, or the network in it that the recipe was made of, with the
+            weights that it was diagnosed with (after QAT: the trained ones). It is not changed.
+        path: The directory ``recipe`` that QuantDebug wrote.
+        quantizer: Import path of your own quantizer class, where the model was diagnosed with one. A recipe can not
+            bring code along: you say here that this class may run.
+
+    Returns:
+        A module that is called as the network is, and runs it in eval mode with the quantizers on.
+
+    Raises:
+        RecipeError: If the recipe can not be read, or belongs to another model or to other weights.
+
+    Examples:
+        >>> from lightning_quantdebug import instrument
+        >>> from lightning_quantdebug.recipe import save_recipe
+        >>> model, batch = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
+        >>> with instrument(model, batch) as q:
+        ...     q.calibrate([batch])
+        ...     q.set_mode("quantize")
+        ...     accepted = model(batch)
+        ...     directory = save_recipe(q, batch, f"{tempfile.mkdtemp()}/recipe")
+        >>> torch.equal(apply_recipe(model, directory)(batch), accepted)
+        True
+    """
+    recipe = Recipe.load(path)
+    named = recipe.target.quantizer
+    if named != quantizer:
+        raise RecipeError(
+            f"The recipe was made with the quantizer class {named!r}, `quantizer` is {quantizer!r}: pass the same "
+            "import path, so that it is you who says which code runs."
+        )
+    return QuantizedModel(model, recipe)
+
+
+def save_recipe(session: Instrumentation, example_batch: Any, path: str | Path) -> Path:
+    """Write the recipe of a model inside ``with instrument(...) as session``.
+
+    Args:
+        session: What :func:`~lightning_quantdebug.instrument.instrument` yields, calibrated.
+        example_batch: What ``forward`` takes, as given to ``instrument``.
+        path: The directory to write.
+
+    Returns:
+        The directory.
+
+    Raises:
+        RecipeError: If it can not be written.
+    """
+    call = call_of(example_batch)
+    return Recipe.of(session, network_of(session, call), call, origin_of(session.root)).save(path)
+
+
+class QuantizedModel(nn.Module):
+    """A model with a recipe on it.
+
+    Args:
+        model: See :func:`apply_recipe`.
+        recipe: The recipe.
+
+    Attributes:
+        model: The model, as it was given.
+        recipe: The recipe.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        """Check that both belong together; nothing runs yet."""
+        super().__init__()
+        root = _root_of(model, recipe)
+        recipe.check(root)
+        self.model = model
+        self.recipe = recipe
+        self.__dict__["network"] = Network(root, recipe.path, recipe.inputs)
+        self._session: Instrumentation | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network in eval mode with the quantizers on.
+
+        Raises:
+            RecipeError: If the model runs other operations than the recipe was made of.
+        """
+        call = Call(args, kwargs)
+        with eval_mode(self.model):
+            session = self.session(call)
+            before = sum(session.unseen.values())
+            output = self.network.run(session, args, kwargs)
+            if sum(session.unseen.values()) == before:
+                return output
+            # A branch that no call has taken before: its quantizers are placed, and the call is run again.
+            self._place(session, call)
+            return self.network.run(session, args, kwargs)
+
+    @property
+    def network(self) -> Network:
+        """What is called."""
+        found: Network = self.__dict__["network"]
+        return found
+
+    def session(self, call: Call) -> Instrumentation:
+        """The quantizers on the network; they are placed when it is called first."""
+        if self._session is None:
+            recipe = self.recipe
+            session = Instrumentation(
+                self.network.root, recipe.target, module=recipe.scope or None, exclude=recipe.exclude
+            )
+            self._place(session, call)
+            missing = [name for name in recipe.reached if name not in session.quantizers]
+            if missing:
+                raise RecipeError(
+                    f"The model runs other operations than the recipe was made of: it has no {missing[:3]}"
+                    f"{_and_more(missing)}; it has {sorted(session.quantizers)[:3]}. The code of the model has changed "
+                    f"since (recipe: {_versions(recipe.origin)})."
+                )
+            self._session = session
+        return self._session
+
+    def _place(self, session: Instrumentation, call: Call) -> None:
+        """Record a call, and give every quantizer what the recipe says."""
+        with eval_mode(self.model), undisturbed(self.model), torch.inference_mode(False), torch.no_grad():
+            self.network.record(session, call.args, call.kwargs)
+            session.place()
+            load_state(session, self.recipe.state)
+        for item in session.quantizers.values():
+            item.mode = Mode.QUANTIZE if item.is_calibrated else Mode.BYPASS
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedModel:
+        """A copy of the model with the same recipe."""
+        return QuantizedModel(copy.deepcopy(self.model, memo), self.recipe)
+
+    def __reduce__(self) -> Any:
+        """Pickle as model and recipe."""
+        return QuantizedModel, (self.model, self.recipe)
+
+
+def network_of(session: Instrumentation, call: Call) -> Network:
+    """The network of a session that was recorded by calling its root with such a batch."""
+    batch: Any = call.kwargs if call.kwargs else call.args
+    names = input_names(batch)
+    return Network(session.root, "", tuple(names.get(id(tensor), "") for tensor in call.tensors))
+
+
+def call_of(batch: Any) -> Call:
+    """A batch as ``instrument`` takes it, as a call."""
+    if isinstance(batch, Mapping):
+        return Call((), dict(batch))
+    return Call(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {})
+
+
+def origin_of(model: nn.Module, **further: Any) -> dict[str, Any]:
+    """What a recipe tells of where it comes from."""
+    from lightning_quantdebug import __version__
+
+    kind = type(model)
+    versions = {"lightning_quantdebug": __version__, "torch": str(torch.__version__)}
+    return {**versions, "model": f"{kind.__module__}.{kind.__qualname__}", **further}
+
+
+def fingerprints(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and SHA-256 of the bytes of parameters and buffers, by their names."""
+    wanted = set(names)
+    return {name: _fingerprint(tensor) for name, tensor in _named(model) if name in wanted}
+
+
+def _fingerprint(tensor: Tensor) -> dict[str, Any]:
+    """Shape, dtype and SHA-256 of one tensor."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest = hashlib.sha256(flat.view(torch.uint8).numpy().data if flat.numel() else b"").hexdigest()
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "sha256": digest}
+
+
+def _named(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """Parameters and buffers by the names that recording gives them."""
+    both = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return [(clean_path(name), tensor) for name, tensor in both]
+
+
+def _recorded(recipe: Recipe, network: Network, call: Call) -> Instrumentation:
+    """Quantizers on a network with the settings of a recipe."""
+    root = network.root
+    session = Instrumentation(root, recipe.target, module=recipe.scope or None, exclude=recipe.exclude)
+    with eval_mode(root), undisturbed(root), torch.inference_mode(False), torch.no_grad():
+        network.record(session, call.args, call.kwargs)
+    session.place()
+    return session
+
+
+def _read_by(session: Instrumentation) -> set[str]:
+    """Names of the parameters and buffers that the recorded operations read, and that belong to their layers."""
+    own = {name for name, _ in _named(session.root)}
+    read = {value.name for operation in session.topology for _, value in operation.inputs if value.name in own}
+    return read | {name for fold in session.plan.folds.values() for name in _names_of(fold) if name in own}
+
+
+def _names_of(fold: Any) -> tuple[str, ...]:
+    """Names of the tensors of a batch normalization."""
+    return tuple(name for name in (fold.running_mean, fold.running_var, fold.weight, fold.bias) if name)
+
+
+def _settled(session: Instrumentation) -> dict[str, Any]:
+    """The state of a session, with trained scales as they are now."""
+    state = state_of(session)
+    for name, values in state["quantizers"].items():
+        encoding = session.quantizers[name].encoding
+        if encoding is not None:
+            values |= {"scale": encoding.scale, "zero_point": encoding.zero_point, "ratio": None, "count": None}
+    return state
+
+
+def _root_of(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """The model, or a holder that gives the network the path that it had in the LightningModule."""
+    names = {name for name, _ in _named(model)}
+    prefix = f"{recipe.path}."
+    if not recipe.path or not recipe.tensors or set(recipe.tensors) <= names:
+        return model
+    if not all(name.removeprefix(prefix) in names for name in recipe.tensors):
+        return model
+    holder: nn.Module = model
+    for part in reversed(recipe.path.split(".")):
+        outer = nn.Module()
+        outer.training = model.training
+        outer.add_module(part, holder)
+        holder = outer
+    return holder
+
+
+def _example_of(call: Call) -> dict[str, Any]:
+    """What a call looks like, without its values."""
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+    try:
+        structure = pytree.treespec_dumps(spec)
+        plain = [_described(leaf) for leaf in leaves]
+        json.dumps(plain)
+    except (TypeError, ValueError, NotImplementedError):
+        return {}
+    return {"structure": structure, "leaves": plain}
+
+
+def _described(leaf: Any) -> Any:
+    """A tensor's shape, dtype and range, or a plain value."""
+    if not isinstance(leaf, Tensor):
+        return {"value": leaf}
+    dtype = str(leaf.dtype).removeprefix("torch.")
+    described: dict[str, Any] = {"shape": list(leaf.shape), "dtype": dtype}
+    if leaf.numel() and not leaf.is_complex():
+        finite = leaf.detach()[leaf.isfinite()] if leaf.is_floating_point() else leaf.detach()
+        if finite.numel():
+            described |= {"min": finite.min().item(), "max": finite.max().item()}
+    return described
+
+
+def _random(leaf: Mapping[str, Any], generator: torch.Generator) -> Any:
+    """A random tensor as :func:`_described` tells, or the plain value."""
+    if "value" in leaf:
+        return leaf["value"]
+    dtype = getattr(torch, str(leaf["dtype"]))
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{leaf['dtype']!r} is no dtype")
+    shape, low, high = [int(size) for size in leaf["shape"]], leaf.get("min", 0), leaf.get("max", 0)
+    if dtype.is_floating_point:
+        return torch.empty(shape).uniform_(float(low), float(high), generator=generator).to(dtype)
+    return torch.randint(int(low), int(high) + 1, shape, generator=generator).to(dtype)
+
+
+def _put_in_place(fresh: Path, directory: Path) -> None:
+    """Let a finished directory take the place of an older one."""
+    old = None
+    if directory.exists():
+        old = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-old-"))
+        directory.replace(old / directory.name)
+    fresh.replace(directory)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _and_more(names: list[str]) -> str:
+    """How many more there are than the three that are named."""
+    return f" and {len(names) - 3} more" if len(names) > 3 else ""
+
+
+def _versions(origin: Mapping[str, Any]) -> str:
+    """The versions that a recipe was made with."""
+    return ", ".join(f"{name} {origin[name]}" for name in ("lightning_quantdebug", "torch") if name in origin)
