@@ -7,11 +7,12 @@ rounded before, with real numbers, so that nothing of this is left to whoever re
 
 from __future__ import annotations
 
+import io
 import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,7 @@ class ExportedNetwork(nn.Module):
             for emitter in self._emitters.values():
                 emitter.emit = emit
             self.training = False
-            with self._borrowed(), _quiet():
+            with self._borrowed(), quiet():
                 yield
         finally:
             self._runner.read, self.training = None, training
@@ -286,7 +287,7 @@ def pruned(program: ExportedProgram, traced: Traced, tensors: Sequence[Tensor]) 
             owner, _, leaf = name.rpartition(".")
             delattr(module.get_submodule(owner), leaf)
     module.recompile()
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         return _exported(module, tensors, traced.dynamic, Dim.DYNAMIC, wrapped=False)
 
 
@@ -399,14 +400,15 @@ def _is_inside(frames: traceback.StackSummary, frame: traceback.FrameSummary) ->
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep torch from printing graphs and warnings while the block runs."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
+        # Graphs are printed by `print`.
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -8,6 +8,8 @@ tensors are taken out in a fixed order and put back in the same one.
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +92,30 @@ class Call:
         """The same call with arguments that are copies on ``device`` and take part in no inference mode."""
         with torch.inference_mode(False), torch.no_grad():
             return self.with_tensors([tensor.detach().to(device, copy=True) for tensor in self.tensors])
+
+
+def argument_names(network: Network, call: Call) -> list[str]:
+    """Names of the tensors among the arguments, in order: those of the parameters of ``forward``.
+
+    Examples:
+        >>> network = Network(nn.Linear(2, 2))
+        >>> argument_names(network, Call((torch.zeros(1, 2),), {}))
+        ['input']
+    """
+    try:
+        bound = inspect.signature(plain_forward(network.module)).bind(*call.args, **call.kwargs)
+        names = {id(tensor): name for key, item in bound.arguments.items() for name, tensor in _named(key, item)}
+    except (TypeError, ValueError):
+        names = {}
+    found = [names.get(id(tensor), f"input_{index}") for index, tensor in enumerate(call.tensors)]
+    return [name if found.count(name) == 1 else f"{name}_{index}" for index, name in enumerate(found)]
+
+
+def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one argument with names."""
+    leaves = [(path, leaf) for path, leaf in pytree.tree_leaves_with_path(value) if isinstance(leaf, Tensor)]
+    for path, leaf in leaves:
+        yield "_".join([name, *(re.sub(r"\W+", "", str(key)) for key in path)]), leaf
 
 
 def plain_forward(module: nn.Module) -> Callable[..., Any]:

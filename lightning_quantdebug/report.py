@@ -96,6 +96,8 @@ class Cause(_Advised):
     NOT_QUANTIZED = "not_quantized", "Move the operation into a module, or accept that it stays in FP32."
     TOO_FEW_SAMPLES = "too_few_samples", "Validate on more samples."
     CHANGED_FUNCTION = "changed_function", "Nothing to do: the remedy was undone, the other remedies are tried."
+    NOT_EXPORTABLE = "not_exportable", "Change the named line, or run the recipe in Python."
+    EXPORT_DIFFERS = "export_differs", "Compare on your device before you ship the file; the reason is in its evidence."
     TOO_FEW_BITS = "too_few_bits", "Raise the bit-width, use a finer granularity, or train with QAT."
 
 
@@ -282,6 +284,66 @@ class QuantizerSetting:
     channels: int = 1
 
 
+class Agreement(_Advised):
+    """How far an exported file was proven to do what the simulation does."""
+
+    VERIFIED = "verified", "It computes what was accepted, as far as sums in another order allow."
+    UNVERIFIED = "unverified", "Do not ship it before you know why it differs."
+    NOT_WRITTEN = "not_written", "Nothing was written; the reason says what to change."
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An exported file beside the simulation, on the same batches.
+
+    Differences are in steps of the quantizer that the output comes from (in units of the output's root mean square
+    where it comes from none).
+
+    Attributes:
+        runtime: What ran the file, such as ``onnxruntime, optimizations off``.
+        samples: Number of samples that were compared.
+        largest: Largest difference.
+        rms: Root mean square of the differences.
+        floor_largest: Largest difference that the simulation itself makes when its inputs change by a part in a
+            million, which is what sums in another order do.
+        floor_rms: Root mean square of those.
+        equal_predictions: Share of samples with the same class, or of equal values where the output has no classes.
+    """
+
+    runtime: str
+    samples: int
+    largest: float
+    rms: float
+    floor_largest: float
+    floor_rms: float
+    equal_predictions: float
+
+
+@dataclass(frozen=True)
+class Export:
+    """One exported format.
+
+    Attributes:
+        name: ``recipe``, ``onnx``, ``encodings`` or ``pt2``.
+        agreement: Whether the file was proven to do what the simulation does.
+        reason: Why it is unverified or was not written; of a verified file what a reader must know; else empty.
+        files: Paths of what was written.
+        comparisons: The file beside the simulation, for each way in which it was run.
+        score: The user's metric with the file in the network's place, on the validation data; ``None``: not measured.
+        simulated_score: The score of the simulation, which ``score`` is compared with.
+        seconds: Time to write and verify it.
+    """
+
+    name: str
+    agreement: Agreement
+    reason: str = ""
+    files: tuple[str, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    score: float | None = None
+    simulated_score: float | None = None
+    seconds: float = 0.0
+
+
 @dataclass(frozen=True)
 class Final:
     """What the walk leaves behind.
@@ -292,6 +354,7 @@ class Final:
         interval: Confidence interval of ``loss`` (95 %).
         settings: The final setting of each quantizer by its name, in order of execution.
         files: What was written: a file's role, such as ``report.md`` or ``tensorboard``, and its path.
+        exports: What runs elsewhere, and how far each was proven to do what was simulated.
         module_state: In words, in which state the user's module was given back.
     """
 
@@ -300,6 +363,7 @@ class Final:
     interval: tuple[float, float] | None = None
     settings: Mapping[str, QuantizerSetting] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    exports: tuple[Export, ...] = ()
     module_state: str = "unchanged: the float weights as they were before the walk"
 
 

@@ -1,0 +1,95 @@
+"""How ``torch.onnx.export`` writes the operators of :mod:`lightning_quantdebug.export_operators`, and linear layers.
+
+Written for opset 21, the first with 4-bit and 16-bit integers and with groups. A grid that is no ONNX type, such as one
+of 6 bits, is a ``Clip`` ahead of the next wider type: what lies on the wider grid and inside the bounds is the grid.
+
+Linear layers become ``Gemm``, over any number of axes: it takes the bias in, as integer kernels of ONNX Runtime do, and
+it keeps the weight as torch has it, so that a weight per channel has its channels along axis 0 as in a convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnxscript import opset21 as op
+
+from lightning_quantdebug.export_operators import DEQUANTIZE, FAKE_QUANTIZE
+
+OPSET = 21
+QUANTIZER = "lightning_quantdebug.quantizer"
+"""Key of a node's metadata that holds the name of the quantizer that the node is."""
+
+_GRIDS = {
+    (0, 15): ir.DataType.UINT4,
+    (-8, 7): ir.DataType.INT4,
+    (0, 255): ir.DataType.UINT8,
+    (-128, 127): ir.DataType.INT8,
+    (0, 65535): ir.DataType.UINT16,
+    (-32768, 32767): ir.DataType.INT16,
+}
+
+
+def onnx_type(quant_min: int, quant_max: int) -> tuple[ir.DataType, bool]:
+    """The ONNX integer type for a grid, and whether the grid is all of it.
+
+    Examples:
+        >>> onnx_type(0, 255)
+        (<DataType.UINT8: 2>, True)
+        >>> onnx_type(-31, 31)
+        (<DataType.INT8: 3>, False)
+    """
+    exact = _GRIDS.get((quant_min, quant_max))
+    if exact is not None:
+        return exact, True
+    # Kernels for 8 bits are everywhere, those for 4 bits are not: a narrower grid gains nothing from them.
+    wide = [(low, high) for low, high in _GRIDS if low <= quant_min and quant_max <= high and high - low >= 255]
+    return _GRIDS[min(wide, key=lambda ends: (ends[1] - ends[0], -ends[0]))], False
+
+
+def _fake_quantize(x: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, name: str) -> Any:
+    """Quantize and dequantize."""
+    dtype, is_whole = onnx_type(quant_min, quant_max)
+    if not is_whole:
+        step = np.float32(scale)
+        ends = [np.float32(quant - zero_point) * step for quant in (quant_min, quant_max)]
+        x = op.Clip(x, *(op.Constant(value=ir.tensor(np.array(end, np.float32))) for end in ends))
+    scales = op.Constant(value=ir.tensor(np.array(scale, np.float32)))
+    zero_points = op.Constant(value=ir.tensor(np.array(zero_point).astype(dtype.numpy()), dtype))
+    integers = op.QuantizeLinear(x, scales, zero_points)
+    integers.producer().metadata_props[QUANTIZER] = name
+    return op.DequantizeLinear(integers, scales, zero_points)
+
+
+def _dequantize(integers: Any, scale: Any, zero_point: Any, axis: int, group_size: int) -> Any:
+    """Dequantize a weight."""
+    if group_size:
+        return op.DequantizeLinear(integers, scale, zero_point, axis=1, block_size=group_size)
+    return op.DequantizeLinear(integers, scale, zero_point, axis=axis)
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """A linear layer as ``Gemm``."""
+    given = [x, weight] if bias is None else [x, weight, bias]
+    shape = list(x.shape)
+    if len(shape) == 2:
+        return op.Gemm(*given, transB=1)
+    rows = op.Reshape(x, op.Constant(value_ints=[-1, int(shape[-1])]))
+    result = op.Gemm(rows, *given[1:], transB=1)
+    # The result has the axes of x, but for the last: at most one size may be left open.
+    outer = [size if isinstance(size, int) else -1 for size in shape[:-1]]
+    width = int(weight.shape[0])
+    if outer.count(-1) <= 1:
+        return op.Reshape(result, op.Constant(value_ints=[*outer, width]))
+    sizes = op.Concat(op.Shape(x, start=0, end=-1), op.Constant(value_ints=[width]), axis=0)
+    return op.Reshape(result, sizes)
+
+
+TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
+    FAKE_QUANTIZE: _fake_quantize,
+    DEQUANTIZE: _dequantize,
+    torch.ops.aten.linear.default: _linear,
+}
