@@ -28,7 +28,7 @@ from lightning_quantdebug.errors import ExportError
 from lightning_quantdebug.export_operators import DEQUANTIZE, FAKE_QUANTIZE, dequantized, fake_quantized, integers_of
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.model_loan import eval_mode, undisturbed
-from lightning_quantdebug.network import Call, Network, named_outputs
+from lightning_quantdebug.network import NetworkCall, Network, named_outputs
 from lightning_quantdebug.operations import argument, operation_name, put_argument, value_at, with_argument
 from lightning_quantdebug.quantizer import Quantizer
 from lightning_quantdebug.runner import OpPlan, Runner
@@ -132,7 +132,7 @@ class ExportedNetwork(nn.Module):
             user's.
     """
 
-    def __init__(self, session: Instrumentation, network: Network, call: Call) -> None:
+    def __init__(self, session: Instrumentation, network: Network, call: NetworkCall) -> None:
         """Find the weights by running the network once."""
         super().__init__()
         _check(session, network)
@@ -177,7 +177,7 @@ class ExportedNetwork(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call the network with the given tensors; its quantizers are operators."""
-        call: Call = self.__dict__["call"].with_tensors(tensors)
+        call: NetworkCall = self.__dict__["call"].with_tensors(tensors)
         output = self.__dict__["network"].run(self.__dict__["session"], call.args, call.kwargs)
         return tuple(tensor for _, tensor in named_outputs(output))
 
@@ -239,8 +239,13 @@ class Traced:
     dynamic: tuple[tuple[int, ...], ...]
     note: str = ""
 
+    @property
+    def dynamic_batch(self) -> bool:
+        """Whether any number of samples may go in."""
+        return any(self.dynamic)
 
-def trace(exported: ExportedNetwork, call: Call, *, plain: bool, others: Sequence[Call] = ()) -> Traced:
+
+def trace(exported: ExportedNetwork, call: NetworkCall, *, plain: bool, others: Sequence[NetworkCall] = ()) -> Traced:
     """Trace a network with ``torch.export``.
 
     Args:
@@ -291,7 +296,7 @@ def pruned(program: ExportedProgram, traced: Traced, tensors: Sequence[Tensor]) 
         return _exported(module, tensors, traced.dynamic, Dim.DYNAMIC, wrapped=False)
 
 
-def varying_axes(call: Call, others: Sequence[Call] = ()) -> tuple[tuple[int, ...], ...]:
+def varying_axes(call: NetworkCall, others: Sequence[NetworkCall] = ()) -> tuple[tuple[int, ...], ...]:
     """For each tensor of a call the axes that vary: the batch, and those that differ between calls."""
     tensors = call.tensors
     batch = next((tensor.shape[0] for tensor in tensors if tensor.ndim), None)
@@ -303,7 +308,7 @@ def varying_axes(call: Call, others: Sequence[Call] = ()) -> tuple[tuple[int, ..
     return tuple(tuple(sorted(axes)) for axes in found)
 
 
-def with_two_samples(call: Call) -> Call:
+def with_two_samples(call: NetworkCall) -> NetworkCall:
     """The call itself, or one with its only sample twice: torch takes a size of 1 for a constant."""
     axes = varying_axes(call)
     tensors = call.tensors

@@ -1,7 +1,7 @@
 """The network that leaves the LightningModule: which module is called, with which tensors, and what it returns.
 
 A quantized model is rebuilt and exported as one call of one module. :class:`Network` names that module and the
-quantizers that its tensors come from; :class:`Call` is one recorded call. Arguments and results may have any structure:
+quantizers that its tensors come from; :class:`NetworkCall` is one recorded call. Arguments and results may have any structure:
 tensors are taken out in a fixed order and put back in the same one.
 """
 
@@ -66,7 +66,7 @@ class Network:
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class NetworkCall:
     """One call of a network: what went in, and what came out with the quantizers on."""
 
     args: tuple[Any, ...]
@@ -83,23 +83,23 @@ class Call:
         """The tensors of the output, in order, detached."""
         return [tensor.detach() for tensor in output_tensors(self.output)]
 
-    def with_tensors(self, tensors: Sequence[Tensor]) -> Call:
+    def with_tensors(self, tensors: Sequence[Tensor]) -> NetworkCall:
         """The same call with other tensors as arguments, and no output."""
         args, kwargs = with_tensors((self.args, self.kwargs), tensors)
-        return Call(args, kwargs)
+        return NetworkCall(args, kwargs)
 
-    def moved(self, device: torch.device | str) -> Call:
-        """The same call with arguments that are copies on ``device`` and take part in no inference mode."""
+    def copied(self) -> NetworkCall:
+        """The same call with arguments that nobody else writes into."""
         with torch.inference_mode(False), torch.no_grad():
-            return self.with_tensors([tensor.detach().to(device, copy=True) for tensor in self.tensors])
+            return self.with_tensors([tensor.detach().clone() for tensor in self.tensors])
 
 
-def argument_names(network: Network, call: Call) -> list[str]:
+def argument_names(network: Network, call: NetworkCall) -> list[str]:
     """Names of the tensors among the arguments, in order: those of the parameters of ``forward``.
 
     Examples:
         >>> network = Network(nn.Linear(2, 2))
-        >>> argument_names(network, Call((torch.zeros(1, 2),), {}))
+        >>> argument_names(network, NetworkCall((torch.zeros(1, 2),), {}))
         ['input']
     """
     try:

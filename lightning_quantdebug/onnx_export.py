@@ -17,7 +17,7 @@ import torch
 
 from lightning_quantdebug.errors import ExportError
 from lightning_quantdebug.exported_network import ExportedNetwork, StoredWeight, Traced, quiet, trace
-from lightning_quantdebug.network import Call, argument_names
+from lightning_quantdebug.network import NetworkCall, argument_names
 from lightning_quantdebug.onnx_graph import (
     StoredBias,
     constants_as_initializers,
@@ -43,7 +43,7 @@ class OnnxNetwork:
         traced: What it was made of.
         tensors: Name of the tensor that each quantizer reads, by the name of the quantizer.
         weights: The weights by the name of their initializer.
-        biases: What became of the biases that are int32 now, by the name of their initializer.
+        biases: What became of the biases that are int32 now, by the name of the operation.
     """
 
     model: ir.Model
@@ -59,7 +59,7 @@ class OnnxNetwork:
         return model
 
 
-def to_onnx(exported: ExportedNetwork, call: Call, others: Sequence[Call] = ()) -> OnnxNetwork:
+def to_onnx(exported: ExportedNetwork, call: NetworkCall, others: Sequence[NetworkCall] = ()) -> OnnxNetwork:
     """Write a quantized network as ONNX, in memory.
 
     Args:
@@ -90,11 +90,11 @@ def to_onnx(exported: ExportedNetwork, call: Call, others: Sequence[Call] = ()) 
     graph = model.graph
     _name_ends(graph, argument_names(exported.network, call), exported.output_names)
     constants_as_initializers(graph)
-    weights = _name_weights(graph, exported.weights)
+    weights, owners = _name_weights(graph, exported.weights)
     tensors = name_quantizers(graph)
     four = [name for name, w in weights.items() if w.encoding is not None and w.encoding.spec.bit_width <= 4]
     store_four_bits(graph, four)
-    biases = quantize_biases(graph)
+    biases = {owners[name]: bias for name, bias in quantize_biases(graph).items() if name in owners}
     graph.sort()
     _drop_unused(graph)
     model.producer_name = "lightning-quantdebug"
@@ -155,10 +155,13 @@ def _name_sizes(graph: ir.Graph) -> None:
             value.shape = ir.Shape([names.get(size, size) if isinstance(size, str) else size for size in sizes])
 
 
-def _name_weights(graph: ir.Graph, weights: Sequence[StoredWeight]) -> dict[str, StoredWeight]:
-    """Call initializers after what they hold; returns the weights by those names."""
+def _name_weights(
+    graph: ir.Graph, weights: Sequence[StoredWeight]
+) -> tuple[dict[str, StoredWeight], dict[str, str]]:
+    """Call initializers after what they hold; returns the weights and the operations of biases by those names."""
     counted: dict[str, int] = {}
     named: dict[str, StoredWeight] = {}
+    owners: dict[str, str] = {}
     for index, weight in enumerate(weights):
         count = counted[weight.name] = counted.get(weight.name, -1) + 1
         name = weight.name if not count else f"{weight.name}@{count}"
@@ -173,9 +176,10 @@ def _name_weights(graph: ir.Graph, weights: Sequence[StoredWeight]) -> dict[str,
             },
         )
         named[name] = weight
+        owners[f"{owner}.bias"] = weight.operation
     others = [name for name in graph.initializers if name.startswith("network_root.")]
     rename(graph, {name: name.removeprefix("network_root.") for name in others})
-    return named
+    return named, owners
 
 
 def _drop_unused(graph: ir.Graph) -> None:

@@ -32,7 +32,7 @@ from lightning_quantdebug.errors import CaptureError, RecipeError, SettingsError
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.interception import clean_path
 from lightning_quantdebug.model_loan import eval_mode, undisturbed
-from lightning_quantdebug.network import Call, Network
+from lightning_quantdebug.network import NetworkCall, Network
 from lightning_quantdebug.recorder import input_names
 from lightning_quantdebug.session_state import load_state, state_of
 from lightning_quantdebug.target import Mode, QuantTarget
@@ -72,7 +72,7 @@ class Recipe:
 
     @classmethod
     def of(
-        cls, session: Instrumentation, network: Network, call: Call, origin: Mapping[str, Any] | None = None
+        cls, session: Instrumentation, network: Network, call: NetworkCall, origin: Mapping[str, Any] | None = None
     ) -> Recipe:
         """The recipe of a session as it is now.
 
@@ -256,7 +256,7 @@ class Recipe:
                     f"was made for {was}{_and_more(other)}. Build the model with the same arguments."
                 )
 
-    def example_call(self, seed: int = 0) -> Call:
+    def example_call(self, seed: int = 0) -> NetworkCall:
         """A call with random tensors of the shapes, dtypes and ranges that the recipe was made with."""
         generator = torch.Generator().manual_seed(seed)
         try:
@@ -267,7 +267,7 @@ class Recipe:
             raise RecipeError(
                 f"The recipe has no example of what the network takes ({error}): give an example batch."
             ) from error
-        return Call(tuple(args), dict(kwargs))
+        return NetworkCall(tuple(args), dict(kwargs))
 
 
 def apply_recipe(model: nn.Module, path: str | Path, *, quantizer: str | None = None) -> QuantizedModel:
@@ -354,7 +354,7 @@ class QuantizedModel(nn.Module):
         Raises:
             RecipeError: If the model runs other operations than the recipe was made of.
         """
-        call = Call(args, kwargs)
+        call = NetworkCall(args, kwargs)
         with eval_mode(self.model):
             session = self.session(call)
             before = sum(session.unseen.values())
@@ -371,7 +371,7 @@ class QuantizedModel(nn.Module):
         found: Network = self.__dict__["network"]
         return found
 
-    def session(self, call: Call) -> Instrumentation:
+    def session(self, call: NetworkCall) -> Instrumentation:
         """The quantizers on the network; they are placed when it is called first."""
         if self._session is None:
             recipe = self.recipe
@@ -389,7 +389,7 @@ class QuantizedModel(nn.Module):
             self._session = session
         return self._session
 
-    def _place(self, session: Instrumentation, call: Call) -> None:
+    def _place(self, session: Instrumentation, call: NetworkCall) -> None:
         """Record a call, and give every quantizer what the recipe says."""
         with eval_mode(self.model), undisturbed(self.model), torch.inference_mode(False), torch.no_grad():
             self.network.record(session, call.args, call.kwargs)
@@ -407,18 +407,18 @@ class QuantizedModel(nn.Module):
         return QuantizedModel, (self.model, self.recipe)
 
 
-def network_of(session: Instrumentation, call: Call) -> Network:
+def network_of(session: Instrumentation, call: NetworkCall) -> Network:
     """The network of a session that was recorded by calling its root with such a batch."""
     batch: Any = call.kwargs if call.kwargs else call.args
     names = input_names(batch)
     return Network(session.root, "", tuple(names.get(id(tensor), "") for tensor in call.tensors))
 
 
-def call_of(batch: Any) -> Call:
+def call_of(batch: Any) -> NetworkCall:
     """A batch as ``instrument`` takes it, as a call."""
     if isinstance(batch, Mapping):
-        return Call((), dict(batch))
-    return Call(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {})
+        return NetworkCall((), dict(batch))
+    return NetworkCall(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {})
 
 
 def origin_of(model: nn.Module, **further: Any) -> dict[str, Any]:
@@ -449,7 +449,7 @@ def _named(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     return [(clean_path(name), tensor) for name, tensor in both]
 
 
-def _recorded(recipe: Recipe, network: Network, call: Call) -> Instrumentation:
+def _recorded(recipe: Recipe, network: Network, call: NetworkCall) -> Instrumentation:
     """Quantizers on a network with the settings of a recipe."""
     root = network.root
     session = Instrumentation(root, recipe.target, module=recipe.scope or None, exclude=recipe.exclude)
@@ -498,7 +498,7 @@ def _root_of(model: nn.Module, recipe: Recipe) -> nn.Module:
     return holder
 
 
-def _example_of(call: Call) -> dict[str, Any]:
+def _example_of(call: NetworkCall) -> dict[str, Any]:
     """What a call looks like, without its values."""
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     try:

@@ -528,7 +528,18 @@ def _step_from(values: Mapping[str, Any]) -> Step:
 def _final_from(values: Mapping[str, Any]) -> Final:
     """What is left behind, with a record for each quantizer."""
     settings = {name: QuantizerSetting(**item) for name, item in dict(values["settings"]).items()}
-    return Final(**{**_with_interval(values), "settings": settings})
+    # Reports of before there were exports have none.
+    exports = tuple(_export_from(item) for item in values.get("exports", ()))
+    return Final(**{**_with_interval(values), "settings": settings, "exports": exports})
+
+
+def _export_from(values: Mapping[str, Any]) -> Export:
+    """One exported format with its comparisons."""
+    comparisons = tuple(Comparison(**item) for item in values["comparisons"])
+    agreement = Agreement(values["agreement"])
+    return Export(
+        **{**values, "agreement": agreement, "files": tuple(values["files"]), "comparisons": comparisons}
+    )
 
 
 def _with_interval(values: Mapping[str, Any]) -> dict[str, Any]:
