@@ -14,6 +14,8 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+from onnxscript.optimizer import fold_constants_ir, remove_unused_nodes
+from onnxscript.rewriter import rewrite
 
 from lightning_quantdebug.errors import ExportError
 from lightning_quantdebug.exported_network import ExportedNetwork, StoredWeight, Traced, quiet, trace
@@ -79,7 +81,7 @@ def to_onnx(exported: ExportedNetwork, call: NetworkCall, others: Sequence[Netwo
                 dynamo=True,
                 custom_translation_table=dict(TABLE),
                 opset_version=OPSET,
-                optimize=True,
+                optimize=False,
                 verbose=False,
             )
     except (torch.onnx.OnnxExporterError, RuntimeError, ValueError, TypeError) as error:
@@ -88,6 +90,13 @@ def to_onnx(exported: ExportedNetwork, call: NetworkCall, others: Sequence[Netwo
     assert program is not None
     model: ir.Model = program.model
     graph = model.graph
+    # Not torch's own `optimize`: it puts equal initializers together, such as those of two layers that started alike,
+    # and which layer a bias belongs to could not be told any more.
+    with quiet():
+        fold_constants_ir(model)
+        rewrite(model)
+        fold_constants_ir(model)
+        remove_unused_nodes(model)
     _name_ends(graph, argument_names(exported.network, call), exported.output_names)
     constants_as_initializers(graph)
     weights, owners = _name_weights(graph, exported.weights)

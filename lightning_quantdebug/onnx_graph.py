@@ -78,6 +78,16 @@ def grid_of(value: ir.Value | None) -> Grid | None:
     return Grid(scale, zero_point)
 
 
+def grid_behind(value: ir.Value | None) -> Grid | None:
+    """The grid that a value lies on although operations have moved it since; ``None`` if it has none of one scale."""
+    while value is not None and grid_of(value) is None:
+        node = value.producer()
+        if node is None or node.op_type not in _MOVES:
+            return None
+        value = node.inputs[0]
+    return grid_of(value)
+
+
 def array_of(value: ir.Value) -> np.ndarray:
     """The numbers of a constant."""
     assert value.const_value is not None
@@ -93,10 +103,12 @@ def integer_ends(dtype: ir.DataType) -> tuple[int, int]:
 def constants_as_initializers(graph: ir.Graph) -> None:
     """Constants of quantizers where every engine looks for them: among the initializers."""
     for node in list(graph):
-        if node.op_type != "Constant" or node.outputs[0].const_value is None:
+        tensor = ir.convenience.get_const_tensor(node.outputs[0]) if node.op_type == "Constant" else None
+        if tensor is None:
             continue
         old = node.outputs[0]
-        new = ir.Value(name=old.name, shape=old.shape, type=old.type, const_value=old.const_value)
+        tensor.name = old.name
+        new = ir.Value(name=old.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         ir.convenience.replace_all_uses_with(old, new)
         graph.remove(node, safe=True)
         graph.register_initializer(new)
@@ -112,7 +124,7 @@ def quantize_biases(graph: ir.Graph) -> dict[str, StoredBias]:
     for node in list(graph):
         if node.op_type not in _WITH_BIAS or len(node.inputs) < 3 or node.inputs[2] is None:
             continue
-        bias, grid, weight = node.inputs[2], grid_of(node.inputs[0]), node.inputs[1]
+        bias, grid, weight = node.inputs[2], grid_behind(node.inputs[0]), node.inputs[1]
         dequantizes = weight.producer() if weight is not None else None
         if grid is None or bias.const_value is None or dequantizes is None or "block_size" not in dequantizes.attributes:
             continue
