@@ -1,8 +1,10 @@
 """Find out whether a Lightning model survives quantization, what breaks it, and where."""
 
 from lightning_quantdebug.callback import QuantDebug, diagnose
+from lightning_quantdebug.exports import export_encodings, export_onnx, export_pt2
 from lightning_quantdebug.instrument import Instrumentation, instrument
 from lightning_quantdebug.quantizer import CustomQuantizer, Quantizer
+from lightning_quantdebug.recipe import QuantizedModel, apply_recipe, save_recipe
 from lightning_quantdebug.report import Report
 from lightning_quantdebug.target import QuantSpec, QuantTarget
 
@@ -14,8 +16,14 @@ __all__ = [
     "QuantDebug",
     "QuantSpec",
     "QuantTarget",
+    "QuantizedModel",
     "Quantizer",
     "Report",
+    "apply_recipe",
     "diagnose",
+    "export_encodings",
+    "export_onnx",
+    "export_pt2",
     "instrument",
+    "save_recipe",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -21,13 +21,14 @@ from lightning_quantdebug import lightning_compat as compat
 from lightning_quantdebug.best_weights import best_weights, checkpoint_callback
 from lightning_quantdebug.calibration import calibration_loader, capture, set_ranges
 from lightning_quantdebug.console import Progress, print_summary
+from lightning_quantdebug.deployment import Deployment, is_deployable
 from lightning_quantdebug.diagnosis import EVALUATIONS, Diagnosis
 from lightning_quantdebug.errors import QuantDebugError, ReportError, SettingsError
-from lightning_quantdebug.evaluation import Evaluator
+from lightning_quantdebug.evaluation import Evaluation, Evaluator
 from lightning_quantdebug.instrument import Instrumentation
 from lightning_quantdebug.lightning_compat import CallbackBase
 from lightning_quantdebug.own_quantizers import find_own_quantizers, own_quantizers
-from lightning_quantdebug.plausibility import missing_extras, not_run
+from lightning_quantdebug.plausibility import missing_extras
 from lightning_quantdebug.qat_checks import reason_not_to_train
 from lightning_quantdebug.rank_agreement import gather
 from lightning_quantdebug.report import Report, Verdict
@@ -82,7 +83,8 @@ class QuantDebug(CallbackBase):
         max_time: Time budget of the walk, as in Trainer.
         dirpath: Where to write; default: ``quantdebug`` under the logger's directory. Several callbacks that would
             share a directory write to sub-folders named after their targets.
-        export: Files to export, which this version does not write yet.
+        export: Formats to write besides the recipe, each proven to do what was simulated: ``"onnx"``, ``"encodings"``
+            (AIMET's, for QNN and SNPE), ``"pt2"`` (torch.export).
         on_error: ``"warn"``: a failure of the tool never fails your run; ``"raise"``: it does. A failure that the
             processes of a distributed run may not share is always raised, as the others would wait for ever.
         verbose: Whether to print progress and a summary.
@@ -197,8 +199,6 @@ class QuantDebug(CallbackBase):
         missing = missing_extras(self.settings)
         if missing is not None:
             raise SettingsError(missing)
-        for note in not_run(self.settings):
-            compat.rank_zero_warn(trainer, f"QuantDebug: {note}")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check what can be checked before training; walk, if it is to run before training."""
@@ -335,6 +335,7 @@ class QuantDebug(CallbackBase):
                     best_weights(trainer, pl_module, self.settings.restore_best),
                 ):
                     self.report = diagnosis.walk()
+                    self._export(trainer, diagnosis)
             # Raised again: these are all the ways in which a walk may end, Ctrl-C and SIGTERM among them.
             except (Exception, KeyboardInterrupt, SystemExit):
                 error = traceback.format_exc()
@@ -345,6 +346,31 @@ class QuantDebug(CallbackBase):
         if not diagnosis.wants_training:
             self.say(trainer)
         return diagnosis
+
+    def _export(self, trainer: Any, diagnosis: Diagnosis) -> None:
+        """Write what a walk that is followed by no training leaves."""
+        if diagnosis.wants_training or diagnosis.session is None or diagnosis.accepted is None:
+            return
+        self.deploy(trainer, diagnosis.session, diagnosis.acceptance, diagnosis.accepted[1], diagnosis.describe)
+
+    def deploy(
+        self,
+        trainer: Any,
+        session: Instrumentation,
+        evaluator: Evaluator,
+        accepted: Evaluation | None,
+        describe: Callable[[str], None] = lambda step: None,
+    ) -> None:
+        """Write recipe and exports and put them into the report; a failure of that is none of the walk."""
+        assert self.report is not None
+        if not is_deployable(self.report):
+            return
+        directory = self.directory(trainer)
+        with self.harmless(trainer):
+            deployment = Deployment(
+                session, evaluator, self.settings, directory, accepted, trainer.is_global_zero, describe
+            )
+            self.report = deployment.run(self.report)
 
     def _evaluator(self, trainer: Any, pl_module: Any, limit_batches: int | float | None = None) -> Evaluator:
         """What runs the user's validation."""
@@ -358,6 +384,7 @@ class QuantDebug(CallbackBase):
             return
         with ReviewWriter(trainer, directory, self.tag(trainer)) as writer:
             files = {
+                **self.report.final.files,
                 "report.json": str(directory / "report.json"),
                 **page_files(directory),
                 "tensorboard": writer.log_dir,

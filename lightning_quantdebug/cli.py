@@ -1,7 +1,8 @@
-"""The command line: write the pages of a report anew, and compare two runs.
+"""The command line: write the pages of a report anew, compare two runs, and export an accepted model later.
 
-``python -m lightning_quantdebug report DIR`` and ``python -m lightning_quantdebug diff A B``. Neither needs the model,
-its data or a Trainer: all is in ``report.json``, which is only read.
+``python -m lightning_quantdebug report DIR`` and ``python -m lightning_quantdebug diff A B`` need neither the model nor
+its data or a Trainer: all is in ``report.json``, which is only read. ``python -m lightning_quantdebug export DIR``
+needs the model, which is made by a function of yours, and the recipe in ``DIR``.
 """
 
 from __future__ import annotations
@@ -15,11 +16,17 @@ from pathlib import Path
 
 from lightning_quantdebug.console import print_summary
 from lightning_quantdebug.diff_console import comparison_json, print_comparison
-from lightning_quantdebug.errors import QuantDebugError, ReportError
-from lightning_quantdebug.report import Report, StepName
+from lightning_quantdebug.errors import QuantDebugError, ReportError, SettingsError
+from lightning_quantdebug.export_lines import export_lines
+from lightning_quantdebug.exports import export_formats
+from lightning_quantdebug.made_model import made_model
+from lightning_quantdebug.plausibility import missing_packages
+from lightning_quantdebug.recipe import apply_recipe
+from lightning_quantdebug.report import Agreement, Report, StepName
 from lightning_quantdebug.report_diff import compare
 from lightning_quantdebug.report_pages import page_files, with_files, write_pages, write_pictures
 from lightning_quantdebug.report_reading import misfits_told, read_report, report_path
+from lightning_quantdebug.settings import EXPORTS
 from lightning_quantdebug.short_names import printable
 from lightning_quantdebug.terminal_text import write_plain
 
@@ -46,6 +53,16 @@ exit codes:
      wrong
 """
 
+_CODES_OF_EXPORT = """\
+Compared are outputs for random inputs of the shapes and ranges that the recipe was made with.
+
+exit codes:
+  0  everything was written and does what the simulation does
+  1  a file was written, but differs from the simulation by more than sums in another order explain
+  2  the recipe does not belong to the model, the model can not be made or exported, a file can not be written, or the
+     arguments are wrong
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -66,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = _parser().parse_args(arguments)
     try:
-        code = _report(given) if given.command == "report" else _diff(given)
+        code = {"report": _report, "diff": _diff, "export": _export}[given.command](given)
         sys.stdout.flush()
     except QuantDebugError as error:
         code = _refuse(given, error)
@@ -78,9 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Both commands and their options."""
+    """All commands and their options."""
     parser = argparse.ArgumentParser("python -m lightning_quantdebug", description="Reports of quantization debugging.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{report,diff}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{report,diff,export}")
     shape = argparse.RawDescriptionHelpFormatter
     report = commands.add_parser(
         "report",
@@ -105,7 +122,41 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("--strict", action="store_true", help="count a verdict that became not_accepted as a regression")
     steps = [step.value for step in StepName]
     diff.add_argument("--step", metavar="NAME", choices=steps, help=f"step whose loss decides: {', '.join(steps)}")
+    export = commands.add_parser(
+        "export",
+        help="write an accepted model as ONNX, encodings or .pt2",
+        description="Put the recipe in DIR on a model and write it in other formats, compared with the simulation.",
+        epilog=_CODES_OF_EXPORT,
+        formatter_class=shape,
+    )
+    export.add_argument("path", metavar="DIR", help="what QuantDebug wrote: a directory with `recipe`, or the recipe")
+    export.add_argument(
+        "--model",
+        required=True,
+        metavar="MODULE:NAME",
+        help="a function or class that makes the model from no arguments",
+    )
+    export.add_argument("--checkpoint", metavar="FILE", help="a checkpoint or state_dict with the model's weights")
+    export.add_argument("--format", nargs="+", choices=EXPORTS, default=["onnx"], help="default: onnx")
+    export.add_argument("--output", metavar="OUT", help="where to write; default: `export` beside the recipe")
+    export.add_argument("--quantizer", metavar="MODULE.CLASS", help="your own quantizer class, if the recipe has one")
     return parser
+
+
+def _export(given: argparse.Namespace) -> int:
+    """Write an accepted model in other formats."""
+    recipe = Path(given.path)
+    recipe = recipe if (recipe / "recipe.json").exists() else recipe / "recipe"
+    missing = missing_packages(given.format)
+    if missing is not None:
+        raise SettingsError(missing)
+    model = apply_recipe(made_model(given.model, given.checkpoint), recipe, quantizer=given.quantizer)
+    directory = recipe.parent / "export" if given.output is None else Path(given.output)
+    exports = export_formats(model, directory, model.recipe.example_call(), given.format)
+    for export in exports:
+        for line in export_lines(export):
+            write_plain(printable(line))
+    return OK if all(export.agreement is Agreement.VERIFIED for export in exports) else REGRESSION
 
 
 def _report(given: argparse.Namespace) -> int:

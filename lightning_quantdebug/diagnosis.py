@@ -32,7 +32,6 @@ from lightning_quantdebug.plausibility import (
     chance_warning,
     direction_warning,
     non_finite,
-    not_run,
     not_simulated,
     too_few_samples,
 )
@@ -219,7 +218,6 @@ class Diagnosis:
         details: dict[str, Any] = {
             "repeated_score": repeated.score,
             "warnings": warnings,
-            "not_run": not_run(self.settings),
         }
         if finding is None:
             advice = "Bypassed or at 32 bits the model scores as in FP32: the pipeline can be trusted."

@@ -9,7 +9,7 @@ and what that does to its outputs is the *floor* that a file's differences are c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_quantdebug.fake_quantize import fake_quantize
 from lightning_quantdebug.instrumentation import Instrumentation
+from lightning_quantdebug.interception import OpKey
 from lightning_quantdebug.layers import Call, Tap
 from lightning_quantdebug.model_loan import eval_mode, undisturbed
 from lightning_quantdebug.network import Network, NetworkCall, output_tensors
@@ -73,11 +74,14 @@ class Simulation:
         """Eval mode, full precision, and everything given back."""
         root = self.network.root
         device = self.calls[0].tensors[0].device.type
-        with eval_mode(root), undisturbed(root), torch.inference_mode(False), torch.no_grad(), full_precision():
-            with torch.autocast(device, enabled=False):
-                yield
+        with ExitStack() as stack:
+            for manager in (eval_mode(root), undisturbed(root), torch.inference_mode(False), torch.no_grad()):
+                stack.enter_context(manager)
+            stack.enter_context(full_precision())
+            stack.enter_context(torch.autocast(device, enabled=False))
+            yield
 
-    def _taps(self, noise: torch.Generator | None) -> dict[object, Tap]:
+    def _taps(self, noise: torch.Generator | None) -> dict[OpKey, Tap]:
         """What changes the sums of each layer."""
         if noise is None:
             return {}
@@ -148,14 +152,15 @@ def difference(
     """
     largest, squares, count = 0.0, 0.0, 0
     for index, step in enumerate(units):
-        pairs = [(one[index].double(), other[index].detach().cpu().double()) for one, other in zip(reference, found, strict=True)]
+        both = zip(reference, found, strict=True)
+        pairs = [(one[index].double(), other[index].detach().cpu().double()) for one, other in both]
         if any(one.shape != other.shape for one, other in pairs):
             return float("inf"), float("inf")
         norm = sum(float(one.square().sum()) for one, _ in pairs) / max(sum(one.numel() for one, _ in pairs), 1)
         unit = step or norm**0.5 or 1.0
         for one, other in pairs:
-            gap = (one - other).abs().masked_fill(one == other, 0.0) / unit
-            gap = gap.masked_fill(gap.isnan() & ~(one.isnan() & other.isnan()), float("inf")).nan_to_num(0.0, float("inf"))
+            same = (one == other) | (one.isnan() & other.isnan())
+            gap = ((one - other).abs() / unit).nan_to_num(nan=float("inf"), posinf=float("inf")).masked_fill(same, 0.0)
             largest = max(largest, float(gap.max()) if gap.numel() else 0.0)
             squares, count = squares + float(gap.square().sum()), count + gap.numel()
     return largest, (squares / max(count, 1)) ** 0.5

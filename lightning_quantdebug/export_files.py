@@ -144,7 +144,7 @@ class Exporter:
 
     # Encodings.
 
-    def write_encodings(self, directory: Path, names: Sequence[str] = ("model.encodings", "model_2.0.0.encodings")) -> Export:
+    def write_encodings(self, directory: Path) -> Export:
         """Write a float ONNX file and the encodings of its tensors, and run the former.
 
         Raises:
@@ -161,7 +161,8 @@ class Exporter:
         content = to_proto(twin.model).SerializeToString()
         write_atomically(model, lambda file: file.write(content))
         files = [model]
-        for name, values in zip(names, (encodings_1_0_0(twin), encodings_2_0_0(twin)), strict=True):
+        versions = {"model.encodings": encodings_1_0_0(twin), "model_2.0.0.encodings": encodings_2_0_0(twin)}
+        for name, values in versions.items():
             files.append(write_atomically(directory / name, json.dumps(values, indent=1, allow_nan=False) + "\n"))
         with self._integer_biases(), self.session.modes(Mode.QUANTIZE, kind=Kind.WEIGHT):
             found = compare(self.simulation, OnnxFile(model, Way.PLAIN), f"{Way.PLAIN.value}, float activations")
@@ -183,7 +184,8 @@ class Exporter:
 
         traced = to_pt2(self.exported, self._example, self.calls[1:])
         write_atomically(path, write_pt2(traced.program))
-        found = self._compared(in_parts(load_pt2(path), None if traced.dynamic_batch else self._example), "torch.export")
+        run = in_parts(load_pt2(path), None if traced.dynamic_batch else self._example)
+        found = self._compared(run, "torch.export")
         good = self._is_good(found)
         reasons = [*([] if good else ["it differs from the simulation"]), *([traced.note] if traced.note else [])]
         agreement = Agreement.VERIFIED if good else Agreement.UNVERIFIED

@@ -6,12 +6,15 @@ weight. As torch operators they compute what the simulation computes, so that a 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_quantdebug.encoding import Encoding
 
-_LIBRARY = torch.library.Library("quantdebug", "FRAGMENT")
+# Untyped, as torch leaves the class.
+_LIBRARY: Any = vars(torch.library)["Library"]("quantdebug", "FRAGMENT")
 _LIBRARY.define(
     "fake_quantize(Tensor x, float scale, int zero_point, int quant_min, int quant_max, str name) -> Tensor"
 )

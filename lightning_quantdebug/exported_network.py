@@ -12,7 +12,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,14 @@ from lightning_quantdebug.errors import ExportError
 from lightning_quantdebug.export_operators import DEQUANTIZE, FAKE_QUANTIZE, dequantized, fake_quantized, integers_of
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.model_loan import eval_mode, undisturbed
-from lightning_quantdebug.network import NetworkCall, Network, named_outputs
+from lightning_quantdebug.network import Network, NetworkCall, named_outputs
 from lightning_quantdebug.operations import argument, operation_name, put_argument, value_at, with_argument
 from lightning_quantdebug.quantizer import Quantizer
 from lightning_quantdebug.runner import OpPlan, Runner
 from lightning_quantdebug.target import Kind, Mode
 
 _PACKAGE, _TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
+_STANDARD = str(Path(traceback.__file__).parent)
 # What torch prints while it fails; the error that reaches the user says it in one sentence.
 _LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export", "torch.onnx", "onnxscript")
 
@@ -138,7 +139,7 @@ class ExportedNetwork(nn.Module):
         _check(session, network)
         self.network_root = network.module
         self.__dict__["session"] = session
-        self.__dict__["network"] = network
+        self.__dict__["called"] = network
         self.__dict__["call"] = call
         self._emitters = {name: _Emitter.of(quantizer) for name, quantizer in session.quantizers.items()}
         self._runner = session.make_runner(_ExportRunner, self._emitters)
@@ -151,6 +152,12 @@ class ExportedNetwork(nn.Module):
         self._indices: dict[int, int] = {}
         for key, stored in self._runner.stored.items():
             self._indices[key] = self._store(stored)
+
+    @property
+    def network(self) -> Network:
+        """What is called; kept from torch, which would take a module that it holds for one of this module's own."""
+        found: Network = self.__dict__["called"]
+        return found
 
     def _store(self, stored: StoredWeight) -> int:
         """Hold a weight; one that is used twice in the same way is held once."""
@@ -178,17 +185,20 @@ class ExportedNetwork(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call the network with the given tensors; its quantizers are operators."""
         call: NetworkCall = self.__dict__["call"].with_tensors(tensors)
-        output = self.__dict__["network"].run(self.__dict__["session"], call.args, call.kwargs)
+        output = self.network.run(self.__dict__["session"], call.args, call.kwargs)
         return tuple(tensor for _, tensor in named_outputs(output))
 
     @contextmanager
     def _borrowed(self) -> Iterator[None]:
         """The network in eval mode with our runner around it; it is given back as it was."""
-        session, root = self.__dict__["session"], self.__dict__["network"].root
+        session, root = self.__dict__["session"], self.network.root
         device = next(iter(self.__dict__["call"].tensors)).device.type
-        with eval_mode(root), undisturbed(root), session.watched_by(self._runner), torch.inference_mode(False):
-            with torch.no_grad(), torch.autocast(device, enabled=False):
-                yield
+        with ExitStack() as stack:
+            for manager in (eval_mode(root), undisturbed(root), session.watched_by(self._runner)):
+                stack.enter_context(manager)
+            for mode in (torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False)):
+                stack.enter_context(mode)
+            yield
 
     @contextmanager
     def tracing(self, plain: bool) -> Iterator[None]:
@@ -391,10 +401,10 @@ def _user_line(error: BaseException | None) -> str | None:
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         frames = traceback.extract_tb(error.__traceback__)
-        for frame in reversed(frames):
-            if not frame.filename.startswith((_PACKAGE, _TORCH, "<")) and "/contextlib.py" not in frame.filename:
-                if _is_inside(frames, frame):
-                    return f"{frame.filename}:{frame.lineno} ({(frame.line or '').strip()})"
+        theirs = [frame for frame in frames if not frame.filename.startswith((_PACKAGE, _TORCH, _STANDARD, "<"))]
+        inside = [frame for frame in theirs if _is_inside(frames, frame)]
+        if inside:
+            return f"{inside[-1].filename}:{inside[-1].lineno} ({(inside[-1].line or '').strip()})"
         error = error.__cause__ or error.__context__
     return None
 

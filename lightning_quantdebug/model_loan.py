@@ -64,17 +64,18 @@ class BorrowedForward:
 
     Attributes:
         original: The plain ``forward``.
+        run: What each call goes through.
     """
 
     def __init__(self, original: Callable[..., Any], run: Callable[[Callable[[], Any]], Any]) -> None:
         """Stand in for ``original``, each call of which goes through ``run``."""
         functools.update_wrapper(self, original)
         self.original = original
-        self._run = run
+        self.run = run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the original with the quantizers in their modes."""
-        return self._run(functools.partial(self.original, *args, **kwargs))
+        return self.run(functools.partial(self.original, *args, **kwargs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """The plain ``forward`` of the copy."""

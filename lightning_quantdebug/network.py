@@ -1,8 +1,8 @@
 """The network that leaves the LightningModule: which module is called, with which tensors, and what it returns.
 
 A quantized model is rebuilt and exported as one call of one module. :class:`Network` names that module and the
-quantizers that its tensors come from; :class:`NetworkCall` is one recorded call. Arguments and results may have any structure:
-tensors are taken out in a fixed order and put back in the same one.
+quantizers that its tensors come from; :class:`NetworkCall` is one recorded call. Arguments and results may have any
+structure: tensors are taken out in a fixed order and put back in the same one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Network:
     Args:
         root: The module whose sub-modules give quantizers their names.
         path: Path of the module that is called; ``""``: the root itself.
-        inputs: For each tensor among the arguments, in order, the name that a quantizer of it has; ``""``: any name.
+        inputs: For each tensor among the arguments, in order, the name that a quantizer of it has; ``""``: it has none.
 
     Raises:
         CaptureError: If the root has no module of this path.
@@ -61,7 +61,7 @@ class Network:
     def record(self, session: Instrumentation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Record one call of it."""
         given = tensors_of((args, kwargs))
-        names = {id(tensor): name for tensor, name in zip(given, self.inputs, strict=False) if name}
+        names = {id(tensor): name for tensor, name in zip(given, self.inputs, strict=False)}
         return session.record(lambda: self.call(args, kwargs), (args, kwargs), step=bool(self.path), names=names)
 
 

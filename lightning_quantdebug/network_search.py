@@ -119,7 +119,7 @@ def _noting_calls(root: nn.Module, called: list[str]) -> Iterator[Callable[..., 
         hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True))
         try:
             with kept(root, "forward"):
-                root.forward = forward  # type: ignore[method-assign]  # for this step alone
+                root.forward = forward
                 return call()
         finally:
             for hook in hooks:
@@ -162,7 +162,7 @@ class _Seen:
             made.update({id(tensor): (name, tensor) for _, tensor in tensors_in((result,), {})})
 
         with kept(module, "forward"), self.session.traced(trace):
-            module.forward = forward  # type: ignore[method-assign]  # for this step alone
+            module.forward = forward
             result = self.session.run(call, step=True)
         self.most = max(self.most, count)
         return result

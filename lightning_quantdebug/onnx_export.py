@@ -6,7 +6,6 @@ operator pair where a quantizer sits. :mod:`lightning_quantdebug.onnx_graph` the
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -164,9 +163,7 @@ def _name_sizes(graph: ir.Graph) -> None:
             value.shape = ir.Shape([names.get(size, size) if isinstance(size, str) else size for size in sizes])
 
 
-def _name_weights(
-    graph: ir.Graph, weights: Sequence[StoredWeight]
-) -> tuple[dict[str, StoredWeight], dict[str, str]]:
+def _name_weights(graph: ir.Graph, weights: Sequence[StoredWeight]) -> tuple[dict[str, StoredWeight], dict[str, str]]:
     """Call initializers after what they hold; returns the weights and the operations of biases by those names."""
     counted: dict[str, int] = {}
     named: dict[str, StoredWeight] = {}

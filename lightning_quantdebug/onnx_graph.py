@@ -108,7 +108,8 @@ def constants_as_initializers(graph: ir.Graph) -> None:
             continue
         old = node.outputs[0]
         tensor.name = old.name
-        new = ir.Value(name=old.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        array = tensor.numpy()
+        new = ir.Value(name=old.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         ir.convenience.replace_all_uses_with(old, new)
         graph.remove(node, safe=True)
         graph.register_initializer(new)
@@ -126,24 +127,28 @@ def quantize_biases(graph: ir.Graph) -> dict[str, StoredBias]:
             continue
         bias, grid, weight = node.inputs[2], grid_behind(node.inputs[0]), node.inputs[1]
         dequantizes = weight.producer() if weight is not None else None
-        if grid is None or bias.const_value is None or dequantizes is None or "block_size" not in dequantizes.attributes:
+        if grid is None or bias.const_value is None or dequantizes is None:
             continue
-        if dequantizes.op_type != "DequantizeLinear" or dequantizes.attributes["block_size"].as_int():
+        if dequantizes.op_type != "DequantizeLinear" or _has_groups(dequantizes):
             continue
         scale_of_weight = dequantizes.inputs[1]
         assert scale_of_weight is not None
         values = array_of(bias)
         scale = (np.float32(grid.step) * array_of(scale_of_weight).astype(np.float32)).astype(np.float32)
         integers = np.rint(values.astype(np.float64) / scale.astype(np.float64))
-        if node.op_type == "ConvTranspose" and scale.ndim and scale.shape != values.shape:
-            continue
-        if scale.ndim and scale.shape != values.shape or np.abs(integers).max(initial=0) >= 2**31:
+        if (scale.ndim and scale.shape != values.shape) or np.abs(integers).max(initial=0) >= 2**31:
             continue
         stored = integers.astype(np.int32)
         name = str(bias.name)
         _put_bias(graph, node, name, stored, scale)
         changed[name] = StoredBias(stored.astype(np.float32) * scale, values)
     return changed
+
+
+def _has_groups(dequantizes: ir.Node) -> bool:
+    """Whether a weight has a scale for each group."""
+    size = dequantizes.attributes.get("block_size")
+    return size is not None and size.as_int() != 0
 
 
 def _put_bias(graph: ir.Graph, node: ir.Node, name: str, integers: np.ndarray, scale: np.ndarray) -> None:
@@ -348,7 +353,9 @@ def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Va
     """A new initializer."""
     free = _free(graph, name)
     tensor.name = free
-    value = ir.Value(name=free, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=free, shape=ir.Shape(tensor.numpy().shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 

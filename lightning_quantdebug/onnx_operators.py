@@ -1,7 +1,9 @@
 """How ``torch.onnx.export`` writes the operators of :mod:`lightning_quantdebug.export_operators`, and linear layers.
 
-Written for opset 21, the first with 4-bit and 16-bit integers and with groups. A grid that is no ONNX type, such as one
-of 6 bits, is a ``Clip`` ahead of the next wider type: what lies on the wider grid and inside the bounds is the grid.
+Written for opset 21, the first with 4-bit and 16-bit integers and with groups. Weights of 4 bits and fewer are stored
+with 4 bits. Activations have 8 or 16: another width, such as 6, is a ``Clip`` ahead of the next wider type, as what
+lies on the wider grid and inside the bounds is the grid. (Activations of 4 bits have a type too, but ONNX Runtime's own
+optimizer then builds operations that it has no kernel for.)
 
 Linear layers become ``Gemm``, over any number of axes: it takes the bias in, as integer kernels of ONNX Runtime do, and
 it keeps the weight as torch has it, so that a weight per channel has its channels along axis 0 as in a convolution.
@@ -15,17 +17,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnxscript import opset21 as op
+from onnxscript import opset21
 
 from lightning_quantdebug.export_operators import DEQUANTIZE, FAKE_QUANTIZE
 
 OPSET = 21
+# While torch's exporter traces, an operator takes and gives values of the graph, which its annotations do not say.
+op: Any = opset21
 QUANTIZER = "lightning_quantdebug.quantizer"
 """Key of a node's metadata that holds the name of the quantizer that the node is."""
 
 _GRIDS = {
-    (0, 15): ir.DataType.UINT4,
-    (-8, 7): ir.DataType.INT4,
     (0, 255): ir.DataType.UINT8,
     (-128, 127): ir.DataType.INT8,
     (0, 65535): ir.DataType.UINT16,
@@ -45,8 +47,7 @@ def onnx_type(quant_min: int, quant_max: int) -> tuple[ir.DataType, bool]:
     exact = _GRIDS.get((quant_min, quant_max))
     if exact is not None:
         return exact, True
-    # Kernels for 8 bits are everywhere, those for 4 bits are not: a narrower grid gains nothing from them.
-    wide = [(low, high) for low, high in _GRIDS if low <= quant_min and quant_max <= high and high - low >= 255]
+    wide = [(low, high) for low, high in _GRIDS if low <= quant_min and quant_max <= high]
     return _GRIDS[min(wide, key=lambda ends: (ends[1] - ends[0], -ends[0]))], False
 
 

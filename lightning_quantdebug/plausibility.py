@@ -46,16 +46,14 @@ def chance_warning(session: Instrumentation, settings: Settings, reference: Eval
     ]
 
 
-def not_run(settings: Settings) -> list[str]:
-    """What the settings ask for and this version does not do."""
-    if not settings.export:
-        return []
-    return [f"`export={list(settings.export)}` is not run: this version does not have it yet."]
-
-
 def missing_extras(settings: Settings) -> str | None:
     """Which packages the settings need that are not installed, and how to get them; ``None`` if all are there."""
-    needed = {name for name in settings.export if name in _NEEDS_ONNX}
+    return missing_packages(settings.export)
+
+
+def missing_packages(formats: Sequence[str]) -> str | None:
+    """Which packages some formats need that are not installed, and how to get them; ``None`` if all are there."""
+    needed = {name for name in formats if name in _NEEDS_ONNX}
     missing = [package for package in ONNX_PACKAGES if importlib.util.find_spec(package) is None]
     if not needed or not missing:
         return None

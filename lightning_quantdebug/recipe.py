@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.metadata
 import json
 import shutil
 import tempfile
@@ -32,7 +33,7 @@ from lightning_quantdebug.errors import CaptureError, RecipeError, SettingsError
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.interception import clean_path
 from lightning_quantdebug.model_loan import eval_mode, undisturbed
-from lightning_quantdebug.network import NetworkCall, Network
+from lightning_quantdebug.network import Network, NetworkCall
 from lightning_quantdebug.recorder import input_names
 from lightning_quantdebug.session_state import load_state, state_of
 from lightning_quantdebug.target import Mode, QuantTarget
@@ -106,9 +107,7 @@ class Recipe:
     def _empty(cls, session: Instrumentation, network: Network) -> Recipe:
         """A recipe without content, to record a network with the settings of ``session``."""
         state: dict[str, Any] = {"quantizers": {}, "adjustments": {}}
-        return cls(
-            session.target, session.scope, session.exclude, network.path, network.inputs, state, (), {}, {}, {}
-        )
+        return cls(session.target, session.scope, session.exclude, network.path, network.inputs, state, (), {}, {}, {})
 
     def save(self, directory: str | Path) -> Path:
         """Write the recipe; a directory of an older one is replaced as a whole.
@@ -423,11 +422,17 @@ def call_of(batch: Any) -> NetworkCall:
 
 def origin_of(model: nn.Module, **further: Any) -> dict[str, Any]:
     """What a recipe tells of where it comes from."""
-    from lightning_quantdebug import __version__
-
     kind = type(model)
-    versions = {"lightning_quantdebug": __version__, "torch": str(torch.__version__)}
+    versions = {"lightning_quantdebug": _own_version(), "torch": str(torch.__version__)}
     return {**versions, "model": f"{kind.__module__}.{kind.__qualname__}", **further}
+
+
+def _own_version() -> str:
+    """Version of this package, ``unknown`` where it runs without being installed."""
+    try:
+        return importlib.metadata.version("lightning-quantdebug")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def fingerprints(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -537,9 +537,7 @@ def _export_from(values: Mapping[str, Any]) -> Export:
     """One exported format with its comparisons."""
     comparisons = tuple(Comparison(**item) for item in values["comparisons"])
     agreement = Agreement(values["agreement"])
-    return Export(
-        **{**values, "agreement": agreement, "files": tuple(values["files"]), "comparisons": comparisons}
-    )
+    return Export(**{**values, "agreement": agreement, "files": tuple(values["files"]), "comparisons": comparisons})
 
 
 def _with_interval(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -191,6 +191,7 @@ class TrainingPhase:
                 evaluator = Evaluator(trainer, qat.pl_module, self.settings.monitor)
                 trained = after_training(qat.session, evaluator, trained)
             self.callback.report = trained
+            self.callback.deploy(trainer, qat.session, qat.evaluator, evaluation)
             self.callback.write(trainer, qat.directory)
         self._walked_after = fit_compat.processed_epochs(trainer)
         self._state = self._state_of(qat, report) if qat.best.epoch else {}
