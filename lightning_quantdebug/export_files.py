@@ -113,6 +113,11 @@ class Exporter:
                 "U8S8 saturation: this CPU has no VNNI, and its kernels cut sums of two products off at 16 bits. The "
                 "file is right; run it with the session option `session.x64quantprecision` = 1, or on another CPU"
             )
+        if self.onnx.too_large:
+            return (
+                f"{', '.join(self.onnx.too_large[:3])} do not fit into int32, as the inputs of these layers hardly vary, "
+                "and ONNX Runtime's optimizations cut them off; without optimizations the file is right"
+            )
         return "ONNX Runtime's graph optimizations change what the file computes; without them it is right"
 
     def _parting(self) -> str:

@@ -37,7 +37,10 @@ from lightning_quantdebug.target import Kind, Mode
 _PACKAGE, _TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
 _STANDARD = str(Path(traceback.__file__).parent)
 # What torch prints while it fails; the error that reaches the user says it in one sentence.
-_LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export", "torch.onnx", "onnxscript")
+_LOGGERS = (
+    *("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export", "torch.onnx", "onnxscript"),
+    "torch.onnx._internal.exporter._registration",
+)
 
 
 @dataclass(frozen=True, eq=False)

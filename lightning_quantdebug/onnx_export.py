@@ -45,6 +45,7 @@ class OnnxNetwork:
         tensors: Name of the tensor that each quantizer reads, by the name of the quantizer.
         weights: The weights by the name of their initializer.
         biases: What became of the biases that are int32 now, by the name of the operation.
+        too_large: Biases that do not fit into int32 and stay in float.
     """
 
     model: ir.Model
@@ -52,6 +53,7 @@ class OnnxNetwork:
     tensors: dict[str, str]
     weights: dict[str, StoredWeight]
     biases: dict[str, StoredBias]
+    too_large: tuple[str, ...] = ()
 
     def fused(self) -> ir.Model:
         """A copy that integer kernels can take over; see :mod:`lightning_quantdebug.onnx_graph`."""
@@ -102,12 +104,13 @@ def to_onnx(exported: ExportedNetwork, call: NetworkCall, others: Sequence[Netwo
     tensors = name_quantizers(graph)
     four = [name for name, w in weights.items() if w.encoding is not None and w.encoding.spec.bit_width <= 4]
     store_four_bits(graph, four)
-    biases = {owners[name]: bias for name, bias in quantize_biases(graph).items() if name in owners}
+    stored, too_large = quantize_biases(graph)
+    biases = {owners[name]: bias for name, bias in stored.items() if name in owners}
     graph.sort()
     _drop_unused(graph)
     model.producer_name = "lightning-quantdebug"
     model.graph.name = type(exported.network.module).__name__
-    return OnnxNetwork(model, traced, tensors, weights, biases)
+    return OnnxNetwork(model, traced, tensors, weights, biases, tuple(too_large))
 
 
 def to_proto(model: ir.Model) -> Any:

@@ -115,13 +115,15 @@ def constants_as_initializers(graph: ir.Graph) -> None:
         graph.register_initializer(new)
 
 
-def quantize_biases(graph: ir.Graph) -> dict[str, StoredBias]:
+def quantize_biases(graph: ir.Graph) -> tuple[dict[str, StoredBias], list[str]]:
     """Store biases as int32 with the scale of the sums, where input and weight are dequantized.
 
     Returns:
-        What became of each, by the name of the initializer. A bias that does not fit into int32 stays in float.
+        What became of each, by the name of the initializer; and the names of those that stay in float because they do
+        not fit into int32, as where the values that a layer is given hardly vary.
     """
     changed: dict[str, StoredBias] = {}
+    too_large: list[str] = []
     for node in list(graph):
         if node.op_type not in _WITH_BIAS or len(node.inputs) < 3 or node.inputs[2] is None:
             continue
@@ -142,7 +144,7 @@ def quantize_biases(graph: ir.Graph) -> dict[str, StoredBias]:
         name = str(bias.name)
         _put_bias(graph, node, name, stored, scale)
         changed[name] = StoredBias(stored.astype(np.float32) * scale, values)
-    return changed
+    return changed, too_large
 
 
 def _has_groups(dequantizes: ir.Node) -> bool:
