@@ -1,6 +1,7 @@
 """Find out whether a Lightning model survives quantization, what breaks it, and where."""
 
 from lightning_quantdebug.callback import QuantDebug, diagnose
+from lightning_quantdebug.errors import ExportError, QuantDebugError, RecipeError
 from lightning_quantdebug.exports import export_encodings, export_onnx, export_pt2
 from lightning_quantdebug.instrument import Instrumentation, instrument
 from lightning_quantdebug.quantizer import CustomQuantizer, Quantizer
@@ -12,12 +13,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CustomQuantizer",
+    "ExportError",
     "Instrumentation",
     "QuantDebug",
+    "QuantDebugError",
     "QuantSpec",
     "QuantTarget",
     "QuantizedModel",
     "Quantizer",
+    "RecipeError",
     "Report",
     "apply_recipe",
     "diagnose",

@@ -72,12 +72,21 @@ class Deployment:
             found = find_network(self.session, self.evaluator)
         except ExportError as error:
             exports = [Export(name, Agreement.NOT_WRITTEN, str(error)) for name in names]
-            return _with_exports(report, exports)
+            return self._with_exports(report, exports)
         exports = []
         for name in names:
             self.describe(f"export {name}")
             exports.append(self._export(name, found, report))
-        return _with_exports(report, exports)
+        return self._with_exports(report, exports)
+
+    def _with_exports(self, report: Report, exports: Sequence[Export]) -> Report:
+        """The report with exports, their files, and a finding for each that is not verified."""
+        files = dict(report.final.files)
+        # As of all files, it is the first rank that has written them.
+        for export in exports if self.is_global_zero else ():
+            files |= {Path(path).name: path for path in export.files}
+        report = replace(report, final=replace(report.final, exports=tuple(exports), files=files))
+        return report.with_findings(*_findings(exports))
 
     def _export(self, name: str, found: Found, report: Report) -> Export:
         """Write one format on the first rank, and measure its score on all."""
@@ -247,15 +256,6 @@ def _with_reason(export: Export, reason: str) -> Export:
 def _unverified(export: Export, reason: str) -> Export:
     """The export as one that is not proven."""
     return replace(_with_reason(export, reason), agreement=Agreement.UNVERIFIED)
-
-
-def _with_exports(report: Report, exports: Sequence[Export]) -> Report:
-    """The report with exports, their files, and a finding for each that is not verified."""
-    files = dict(report.final.files)
-    for export in exports:
-        files |= {Path(path).name: path for path in export.files}
-    report = replace(report, final=replace(report.final, exports=tuple(exports), files=files))
-    return report.with_findings(*_findings(exports))
 
 
 def _findings(exports: Sequence[Export]) -> list[Finding]:

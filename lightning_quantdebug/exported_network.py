@@ -129,6 +129,7 @@ class ExportedNetwork(nn.Module):
 
     Attributes:
         weights: Every weight that is stored, by the index under which the module holds it.
+        biases: The operation of every bias that is stored, likewise.
         output_names: Names of the tensors that come out.
 
     Raises:
@@ -152,9 +153,10 @@ class ExportedNetwork(nn.Module):
         self.output_names = _unique([name for name, _ in named_outputs(output)])
         self.__dict__["example_output"] = output
         self.weights: list[StoredWeight] = []
-        self._indices: dict[int, int] = {}
+        self.biases: list[str] = []
+        self._indices: dict[int, tuple[int, int | None]] = {}
         for key, stored in self._runner.stored.items():
-            self._indices[key] = self._store(stored)
+            self._indices[key] = self._store(stored), self._store_bias(stored)
 
     @property
     def network(self) -> Network:
@@ -165,7 +167,8 @@ class ExportedNetwork(nn.Module):
     def _store(self, stored: StoredWeight) -> int:
         """Hold a weight; one that is used twice in the same way is held once."""
         for index, other in enumerate(self.weights):
-            if other.name == stored.name and _is_same(other, stored):
+            is_same_shape = other.name == stored.name and other.weight.shape == stored.weight.shape
+            if is_same_shape and torch.equal(other.weight, stored.weight):
                 return index
         index, encoding = len(self.weights), stored.encoding
         self.weights.append(stored)
@@ -181,9 +184,15 @@ class ExportedNetwork(nn.Module):
             again = dequantized(integers, encoding.scale, zero_point, *arguments)
             if not torch.equal(again, stored.weight):
                 raise ExportError(f"The weight {stored.name!r} is not on the grid that its quantizer has.")
-        if stored.bias is not None:
-            self.register_buffer(f"bias_{index}", stored.bias.detach().clone())
         return index
+
+    def _store_bias(self, stored: StoredWeight) -> int | None:
+        """Hold the bias of an operation, each its own: as int32 it depends on the scale of what goes in."""
+        if stored.bias is None:
+            return None
+        self.biases.append(stored.operation)
+        self.register_buffer(f"bias_{len(self.biases) - 1}", stored.bias.detach().clone())
+        return len(self.biases) - 1
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call the network with the given tensors; its quantizers are operators."""
@@ -215,14 +224,14 @@ class ExportedNetwork(nn.Module):
         dequantize: Callable[..., Tensor] = dequantized if plain else DEQUANTIZE
 
         def read(key: int) -> tuple[Tensor, Tensor | None]:
-            index = self._indices[key]
+            index, bias = self._indices[key]
             encoding = self.weights[index].encoding
             weight = getattr(self, f"weight_{index}")
             if encoding is not None:
                 scale, zero_point = getattr(self, f"scale_{index}"), getattr(self, f"zero_point_{index}")
                 arguments = (encoding.channel_axis or 0, encoding.spec.group_size or 0)
                 weight = dequantize(weight, scale, zero_point, *arguments)
-            return weight, getattr(self, f"bias_{index}", None)
+            return weight, None if bias is None else getattr(self, f"bias_{bias}")
 
         training = self.training
         try:
@@ -358,15 +367,6 @@ def _check(session: Instrumentation, network: Network) -> None:
             f"{other[0]!r} is {dtype}, only float32 networks are exported: integer engines dequantize to float32. Call "
             "`model.float()` and diagnose that, or train with a `-mixed` precision."
         )
-
-
-def _is_same(one: StoredWeight, other: StoredWeight) -> bool:
-    """Whether two uses of a weight can share what is stored."""
-    if one.weight.shape != other.weight.shape or not torch.equal(one.weight, other.weight):
-        return False
-    if one.bias is None or other.bias is None:
-        return one.bias is None and other.bias is None
-    return torch.equal(one.bias, other.bias)
 
 
 def _unique(names: Sequence[str]) -> list[str]:

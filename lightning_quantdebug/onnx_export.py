@@ -100,7 +100,8 @@ def to_onnx(exported: ExportedNetwork, call: NetworkCall, others: Sequence[Netwo
         remove_unused_nodes(model)
     _name_ends(graph, argument_names(exported.network, call), exported.output_names)
     constants_as_initializers(graph)
-    weights, owners = _name_weights(graph, exported.weights)
+    weights = _name_weights(graph, exported.weights)
+    owners = _name_biases(graph, exported.biases)
     tensors = name_quantizers(graph)
     four = [name for name, w in weights.items() if w.encoding is not None and w.encoding.spec.bit_width <= 4]
     store_four_bits(graph, four)
@@ -166,29 +167,30 @@ def _name_sizes(graph: ir.Graph) -> None:
             value.shape = ir.Shape([names.get(size, size) if isinstance(size, str) else size for size in sizes])
 
 
-def _name_weights(graph: ir.Graph, weights: Sequence[StoredWeight]) -> tuple[dict[str, StoredWeight], dict[str, str]]:
-    """Call initializers after what they hold; returns the weights and the operations of biases by those names."""
+def _name_weights(graph: ir.Graph, weights: Sequence[StoredWeight]) -> dict[str, StoredWeight]:
+    """Call initializers after the quantizers whose weights they hold; returns the weights by those names."""
     counted: dict[str, int] = {}
     named: dict[str, StoredWeight] = {}
-    owners: dict[str, str] = {}
     for index, weight in enumerate(weights):
         count = counted[weight.name] = counted.get(weight.name, -1) + 1
-        name = weight.name if not count else f"{weight.name}@{count}"
-        owner = name.removesuffix(".weight") if not count else f"{weight.name.removesuffix('.weight')}@{count}"
-        rename(
-            graph,
-            {
-                f"weight_{index}": name,
-                f"scale_{index}": f"{name}.scale",
-                f"zero_point_{index}": f"{name}.zero_point",
-                f"bias_{index}": f"{owner}.bias",
-            },
-        )
+        name = f"{weight.name}@{count}" if count else weight.name
+        parts = {"weight": name, "scale": f"{name}.scale", "zero_point": f"{name}.zero_point"}
+        rename(graph, {f"{part}_{index}": new for part, new in parts.items()})
         named[name] = weight
-        owners[f"{owner}.bias"] = weight.operation
     others = [name for name in graph.initializers if name.startswith("network_root.")]
     rename(graph, {name: name.removeprefix("network_root.") for name in others})
-    return named, owners
+    return named
+
+
+def _name_biases(graph: ir.Graph, operations: Sequence[str]) -> dict[str, str]:
+    """Call biases after their operations; returns the operations by those names."""
+    owners: dict[str, str] = {}
+    for index, operation in enumerate(operations):
+        value = graph.initializers.get(f"bias_{index}")
+        if value is not None:
+            rename(graph, {f"bias_{index}": f"{operation}.bias"})
+            owners[str(value.name)] = operation
+    return owners
 
 
 def _drop_unused(graph: ir.Graph) -> None:

@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -507,7 +508,10 @@ def _example_of(call: NetworkCall) -> dict[str, Any]:
     """What a call looks like, without its values."""
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     try:
-        structure = pytree.treespec_dumps(spec)
+        # Torch warns of what it does itself.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            structure = pytree.treespec_dumps(spec)
         plain = [_described(leaf) for leaf in leaves]
         json.dumps(plain)
     except (TypeError, ValueError, NotImplementedError):

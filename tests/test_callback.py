@@ -232,7 +232,7 @@ def test_without_a_logger_report_and_event_files_are_written(tmp_path: Path) -> 
     trainer(tmp_path, callbacks=callback).fit(simple_class()(), loader(), loader(31, 1))
     folder = tmp_path / "quantdebug"
     names = sorted(path.name.split(".")[0] for path in folder.iterdir())
-    assert names == ["events", "events", "report", "report", "report"]
+    assert names == ["events", "events", "recipe", "report", "report", "report"]
     assert callback.report is not None
     assert Report.from_json(folder / "report.json").to_dict() == callback.report.to_dict()
     assert (folder / "report.md").read_text().startswith("# Quantization: ")

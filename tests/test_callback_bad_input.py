@@ -207,23 +207,6 @@ def test_no_early_warning_for_a_monitor_that_is_logged(tmp_path: Path, recwarn: 
     assert not [warning for warning in recwarn if "QuantDebug" in str(warning.message)]
 
 
-@pytest.mark.parametrize(("name", "values"), [("export", ["pt2"])])
-def test_what_this_version_does_not_run_is_said_and_reported(tmp_path: Path, name: str, values: list[str]) -> None:
-    callback = debugger(**{name: values})
-    started: list[int] = []
-    note = calling(on_train_start=lambda *_: started.append(1))
-    with pytest.warns(
-        UserWarning, match=rf"QuantDebug: `{name}=.*` is not run: this version does not have it"
-    ) as caught:
-        fit(tmp_path, callback, others=[note])
-    assert len([warning for warning in caught if "is not run" in str(warning.message)]) == 1
-    assert callback.report is not None
-    assert callback.report.steps[0].details["not_run"] == [
-        f"`{name}={values}` is not run: this version does not have it yet."
-    ]
-    assert "is not run: this version" in (tmp_path / "quantdebug" / "report.md").read_text()
-
-
 @pytest.mark.parametrize("wanted", ["onnx", "encodings"])
 def test_a_missing_extra_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
     found = importlib.util.find_spec
