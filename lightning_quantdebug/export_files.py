@@ -115,8 +115,8 @@ class Exporter:
             )
         if self.onnx.too_large:
             return (
-                f"{', '.join(self.onnx.too_large[:3])} do not fit into int32, as the inputs of these layers hardly vary, "
-                "and ONNX Runtime's optimizations cut them off; without optimizations the file is right"
+                f"{', '.join(self.onnx.too_large[:3])} do not fit into int32, as the inputs of these layers hardly "
+                "vary, and ONNX Runtime's optimizations cut them off; without optimizations the file is right"
             )
         return "ONNX Runtime's graph optimizations change what the file computes; without them it is right"
 

@@ -138,7 +138,10 @@ def quantize_biases(graph: ir.Graph) -> tuple[dict[str, StoredBias], list[str]]:
         values = array_of(bias)
         scale = (np.float32(grid.step) * array_of(scale_of_weight).astype(np.float32)).astype(np.float32)
         integers = np.rint(values.astype(np.float64) / scale.astype(np.float64))
-        if (scale.ndim and scale.shape != values.shape) or np.abs(integers).max(initial=0) >= 2**31:
+        if scale.ndim and scale.shape != values.shape:
+            continue
+        if np.abs(integers).max(initial=0) >= 2**31:
+            too_large.append(str(bias.name))
             continue
         stored = integers.astype(np.int32)
         name = str(bias.name)
