@@ -26,6 +26,7 @@ from lightning_quantdebug.onnx_graph import (
     hoist_grids,
     in_order,
     name_quantizers,
+    narrow_grids,
     quantize_biases,
     rename,
     sink_clipping,
@@ -103,6 +104,7 @@ def to_onnx(exported: ExportedNetwork, call: NetworkCall, others: Sequence[Netwo
     weights = _name_weights(graph, exported.weights)
     owners = _name_biases(graph, exported.biases)
     tensors = name_quantizers(graph)
+    narrow_grids(graph)
     four = [name for name, w in weights.items() if w.encoding is not None and w.encoding.spec.bit_width <= 4]
     store_four_bits(graph, four)
     stored, too_large = quantize_biases(graph)

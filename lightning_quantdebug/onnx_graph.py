@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from lightning_quantdebug.onnx_operators import QUANTIZER
+from lightning_quantdebug.onnx_operators import ENDS, NARROWS, QUANTIZER
 
 # Operations that move or choose values of their first input and make no new ones: their output is on its grid.
 _MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather", "MaxPool", "Identity", "Expand")
@@ -113,6 +113,31 @@ def constants_as_initializers(graph: ir.Graph) -> None:
         ir.convenience.replace_all_uses_with(old, new)
         graph.remove(node, safe=True)
         graph.register_initializer(new)
+
+
+def narrow_grids(graph: ir.Graph) -> None:
+    """Clip ahead of each grid that is narrower than its integer type, such as one of 6 bits.
+
+    Not while the graph is traced: optimizers would put the clipping and a ReLU ahead of it into one.
+    """
+    for node in list(graph):
+        ends = node.metadata_props.get(ENDS) if node.op_type == "QuantizeLinear" else None
+        if ends is None:
+            continue
+        source, scale, zero_point = node.inputs
+        assert source is not None
+        assert scale is not None
+        assert zero_point is not None
+        step, zero = np.float32(array_of(scale)), int(array_of(zero_point))
+        bounds = [ir.tensor(np.float32(int(end) - zero) * step) for end in ends.split()]
+        names = (f"{source.name}.lowest", f"{source.name}.highest")
+        values = [_initializer(graph, name, bound) for name, bound in zip(names, bounds, strict=True)]
+        clip = ir.node("Clip", [source, *values])
+        clip.metadata_props[NARROWS] = "1"
+        clip.outputs[0].name = _free(graph, f"{source.name}.clipped")
+        clip.outputs[0].type, clip.outputs[0].shape = source.type, source.shape
+        graph.insert_before(node, clip)
+        node.replace_input_with(0, clip.outputs[0])
 
 
 def quantize_biases(graph: ir.Graph) -> tuple[dict[str, StoredBias], list[str]]:

@@ -27,6 +27,11 @@ op: Any = opset21
 QUANTIZER = "lightning_quantdebug.quantizer"
 """Key of a node's metadata that holds the name of the quantizer that the node is."""
 
+ENDS = "lightning_quantdebug.ends"
+"""Key of a node's metadata that holds the lowest and the highest integer, where they are not those of its type."""
+NARROWS = "lightning_quantdebug.narrows"
+"""Key of the metadata of a node that clips because a grid is narrower than its type."""
+
 _GRIDS = {
     (0, 255): ir.DataType.UINT8,
     (-128, 127): ir.DataType.INT8,
@@ -36,7 +41,7 @@ _GRIDS = {
 
 
 def onnx_type(quant_min: int, quant_max: int) -> tuple[ir.DataType, bool]:
-    """The ONNX integer type for a grid, and whether the grid is all of it.
+    """The ONNX integer type for a grid, and whether the grid is all of it; where not, a ``Clip`` is put in later.
 
     Examples:
         >>> onnx_type(0, 255)
@@ -54,14 +59,12 @@ def onnx_type(quant_min: int, quant_max: int) -> tuple[ir.DataType, bool]:
 def _fake_quantize(x: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, name: str) -> Any:
     """Quantize and dequantize."""
     dtype, is_whole = onnx_type(quant_min, quant_max)
-    if not is_whole:
-        step = np.float32(scale)
-        ends = [np.float32(quant - zero_point) * step for quant in (quant_min, quant_max)]
-        x = op.Clip(x, *(op.Constant(value=ir.tensor(np.array(end, np.float32))) for end in ends))
     scales = op.Constant(value=ir.tensor(np.array(scale, np.float32)))
     zero_points = op.Constant(value=ir.tensor(np.array(zero_point).astype(dtype.numpy()), dtype))
     integers = op.QuantizeLinear(x, scales, zero_points)
     integers.producer().metadata_props[QUANTIZER] = name
+    if not is_whole:
+        integers.producer().metadata_props[ENDS] = f"{quant_min} {quant_max}"
     return op.DequantizeLinear(integers, scales, zero_points)
 
 

@@ -424,11 +424,11 @@ def call_of(batch: Any) -> NetworkCall:
 def origin_of(model: nn.Module, **further: Any) -> dict[str, Any]:
     """What a recipe tells of where it comes from."""
     kind = type(model)
-    versions = {"lightning_quantdebug": _own_version(), "torch": str(torch.__version__)}
+    versions = {"lightning_quantdebug": own_version(), "torch": str(torch.__version__)}
     return {**versions, "model": f"{kind.__module__}.{kind.__qualname__}", **further}
 
 
-def _own_version() -> str:
+def own_version() -> str:
     """Version of this package, ``unknown`` where it runs without being installed."""
     try:
         return importlib.metadata.version("lightning-quantdebug")

@@ -1,4 +1,4 @@
-"""The exported ONNX file against the simulation, run by ONNX Runtime; the simulation against torch is shown elsewhere."""
+"""The exported ONNX file against the simulation, run by ONNX Runtime."""
 
 from __future__ import annotations
 
