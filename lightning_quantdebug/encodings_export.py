@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnxscript.optimizer import remove_unused_nodes
 
 from lightning_quantdebug.encoding import Encoding
 from lightning_quantdebug.onnx_export import OnnxNetwork, copy_of
@@ -68,6 +69,8 @@ def float_twin(network: OnnxNetwork, quantizers: Mapping[str, Encoding]) -> Floa
     spread_grids(graph)
     _take_pairs(graph, quantizers, twin)
     _take_parameters(graph, network, twin)
+    # What nobody reads any more: the nodes of quantizers, and the constants that they had.
+    remove_unused_nodes(twin.model)
     graph.sort()
     return twin
 
@@ -90,11 +93,6 @@ def _take_pairs(graph: ir.Graph, quantizers: Mapping[str, Encoding], twin: Float
         output = dequantizes.outputs[0]
         _keep_output(graph, output, source)
         ir.convenience.replace_all_uses_with(output, source)
-        graph.remove([dequantizes], safe=False)
-        if not list(quantizes.outputs[0].uses()):
-            graph.remove([quantizes], safe=False)
-        if clip is not None and narrows and not list(clip.outputs[0].uses()):
-            graph.remove([clip], safe=False)
         if encoding is not None:
             twin.activations[str(source.name)] = encoding
 
@@ -163,9 +161,6 @@ def _take_parameters(graph: ir.Graph, network: OnnxNetwork, twin: FloatTwin) -> 
             name = name.removesuffix(".quantized")
             twin.biases[name] = array_of(scale)
         _replace_by_float(graph, node, stored, name, values)
-    for name, value in list(graph.initializers.items()):
-        if not list(value.uses()) and not value.is_graph_output():
-            del graph.initializers[name]
 
 
 def _replace_by_float(graph: ir.Graph, node: ir.Node, stored: ir.Value, name: str, values: np.ndarray) -> None:
@@ -180,7 +175,6 @@ def _replace_by_float(graph: ir.Graph, node: ir.Node, stored: ir.Value, name: st
         )
         graph.register_initializer(known)
     ir.convenience.replace_all_uses_with(node.outputs[0], known)
-    graph.remove([node], safe=False)
 
 
 def _dequantized(node: ir.Node) -> np.ndarray:
