@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_quantdebug.adjustment import Adjustment
+from lightning_quantdebug.encoding import Encoding
 from lightning_quantdebug.errors import CaptureError, RecipeError, SettingsError
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.interception import clean_path
@@ -37,7 +38,7 @@ from lightning_quantdebug.model_loan import eval_mode, undisturbed
 from lightning_quantdebug.network import Network, NetworkCall
 from lightning_quantdebug.recorder import input_names
 from lightning_quantdebug.session_state import load_state, state_of
-from lightning_quantdebug.target import Mode, QuantTarget
+from lightning_quantdebug.target import Mode, QuantSpec, QuantTarget
 
 SCHEMA_VERSION = 1
 _SETTINGS, _TENSORS = "recipe.json", "tensors.safetensors"
@@ -151,8 +152,7 @@ class Recipe:
             if version != SCHEMA_VERSION:
                 raise RecipeError(
                     f"The recipe {str(directory)!r} has the schema version {version!r}, this version of "
-                    f"lightning-quantdebug reads {SCHEMA_VERSION}. Install the version that wrote it "
-                    f"({settings.get('origin', {}).get('lightning_quantdebug') if version else 'unknown'})."
+                    f"lightning-quantdebug reads {SCHEMA_VERSION}. Install the version that wrote it."
                 )
             tensors = load_file(directory / _TENSORS)
             return cls._from_content(settings, tensors)
@@ -162,7 +162,7 @@ class Recipe:
                 "wrote beside its report."
             ) from error
         except (
-            *(ValueError, KeyError, TypeError, AttributeError, RecursionError),
+            *(ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError),
             *(SettingsError, SafetensorError),
         ) as error:
             if isinstance(error, RecipeError):
@@ -201,12 +201,11 @@ class Recipe:
     @classmethod
     def _from_content(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Recipe:
         """The recipe that :meth:`_content` was taken of."""
-        quantizers = {}
-        for name, values in settings["quantizers"].items():
-            scale, zero_point = tensors.get(f"scale/{name}"), tensors.get(f"zero_point/{name}")
-            quantizers[name] = {**values, "scale": scale, "zero_point": zero_point, "ratio": None, "count": None}
+        quantizers = {
+            str(name): _quantizer_state(str(name), values, tensors) for name, values in settings["quantizers"].items()
+        }
         adjustments = {
-            name: {part: tensors[f"{part}/{name}"] for part in parts if part in _PARTS}
+            str(name): {part: tensors[f"{part}/{name}"] for part in _texts(parts) if part in _PARTS}
             for name, parts in settings["adjustments"].items()
         }
         network = settings["network"]
@@ -214,15 +213,15 @@ class Recipe:
         target = {key: tuple(item) if isinstance(item, list) else item for key, item in settings["target"].items()}
         return cls(
             target=QuantTarget.from_value(target),
-            scope=str(settings["module"]),
-            exclude=tuple(settings["exclude"]),
-            path=str(network["path"]),
-            inputs=tuple(network["inputs"]),
+            scope=_text(settings["module"]),
+            exclude=_texts(settings["exclude"]),
+            path=_text(network["path"]),
+            inputs=_texts(network["inputs"]),
             state={"quantizers": quantizers, "adjustments": adjustments},
-            reached=tuple(settings["reached"]),
-            tensors=settings["model"],
-            example=network["example"],
-            origin=settings["origin"],
+            reached=_texts(settings["reached"]),
+            tensors={str(name): _known_tensor(values) for name, values in settings["model"].items()},
+            example=dict(network["example"]),
+            origin=dict(settings["origin"]),
         )
 
     # Belonging to a model.
@@ -263,11 +262,44 @@ class Recipe:
             spec = pytree.treespec_loads(self.example["structure"])
             leaves = [_random(leaf, generator) for leaf in self.example["leaves"]]
             args, kwargs = pytree.tree_unflatten(leaves, spec)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
             raise RecipeError(
                 f"The recipe has no example of what the network takes ({error}): give an example batch."
             ) from error
         return NetworkCall(tuple(args), dict(kwargs))
+
+
+def _text(value: Any) -> str:
+    """A value that must be a string."""
+    if not isinstance(value, str):
+        raise TypeError(f"a string is expected, not {value!r}")
+    return value
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    """A value that must be a list of strings."""
+    if not isinstance(values, list):
+        raise TypeError(f"a list is expected, not {values!r}")
+    return tuple(map(_text, values))
+
+
+def _known_tensor(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Shape, dtype and hash of a tensor, as JSON holds them."""
+    shape = [int(size) for size in values["shape"]]
+    return {"shape": shape, "dtype": _text(values["dtype"]), "sha256": _text(values["sha256"])}
+
+
+def _quantizer_state(name: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What :func:`~lightning_quantdebug.session_state.load_state` takes of a quantizer, checked to be a grid."""
+    spec, scale, zero_point = (
+        QuantSpec(**values["spec"]),
+        tensors.get(f"scale/{name}"),
+        tensors.get(f"zero_point/{name}"),
+    )
+    if scale is not None:
+        Encoding(spec, scale, tensors[f"zero_point/{name}"], values["channel_axis"])
+    known = {"spec": dict(values["spec"]), "channel_axis": values["channel_axis"], "frozen": bool(values["frozen"])}
+    return {**known, "scale": scale, "zero_point": zero_point, "ratio": None, "count": None}
 
 
 def apply_recipe(model: nn.Module, path: str | Path, *, quantizer: str | None = None) -> QuantizedModel:
