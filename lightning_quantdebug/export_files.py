@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lightning_quantdebug.adjustment import Adjustment
+from lightning_quantdebug.errors import ExportError
 from lightning_quantdebug.export_check import Run, Simulation, compare, is_within_floor
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.interception import OpKey
@@ -98,17 +99,26 @@ class Exporter:
             reasons = [network.traced.note] if network.traced.note else []
             good = [self._is_good(comparison) for comparison in found]
             if not all(good):
-                precise = self._compared(OnnxFile(path, Way.PRECISE), Way.PRECISE.value)
+                precise = self._precise(path)
                 reasons.insert(0, self._why(good, precise))
-                found.append(precise)
+                found += [precise] if precise is not None else []
         agreement = Agreement.VERIFIED if all(good) else Agreement.UNVERIFIED
         return Export("onnx", agreement, "; ".join(reasons), (str(path),), tuple(found))
 
-    def _why(self, good: Sequence[bool], precise: Comparison) -> str:
+    def _precise(self, path: Path) -> Comparison | None:
+        """The file without the saturation of some CPUs; ``None`` where ONNX Runtime can not run it so."""
+        from lightning_quantdebug.onnx_runtime import OnnxFile, Way
+
+        try:
+            return self._compared(OnnxFile(path, Way.PRECISE), Way.PRECISE.value)
+        except ExportError:
+            return None
+
+    def _why(self, good: Sequence[bool], precise: Comparison | None) -> str:
         """Why a file differs, from the ways in which it was run."""
         if not good[0]:
             return f"it differs from the simulation by itself: {self._parting()}"
-        if self._is_good(precise):
+        if precise is not None and self._is_good(precise):
             return (
                 "U8S8 saturation: this CPU has no VNNI, and its kernels cut sums of two products off at 16 bits. The "
                 "file is right; run it with the session option `session.x64quantprecision` = 1, or on another CPU"

@@ -1,4 +1,4 @@
-"""JSON schemas of AIMET's encodings, after its documentation (Docs/techniques/encoding_spec); nothing else is let in."""
+"""JSON schemas of AIMET's encodings after its documentation (Docs/techniques/encoding_spec), without further keys."""
 
 from __future__ import annotations
 
