@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from lightning_quantdebug import export_onnx, instrument
 
-FLOAT_WORK = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add", "Mul", "Concat", "ConvTranspose")
+FLOAT_WORK = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add", "Mul", "Concat")
+FLOAT_WORK += ("ConvTranspose", "Tanh", "Exp", "Sqrt", "Pow", "Sub")
 FLOAT_WORK += ("AveragePool", "GlobalAveragePool", "ReduceMean", "Softmax", "Sigmoid", "LayerNormalization", "Gelu")
 FLOAT_WORK += ("LSTM", "Relu", "Clip", "HardSwish", "BiasGelu", "SkipLayerNormalization", "NhwcFusedConv", "Div", "Erf")
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {

@@ -71,7 +71,7 @@ class SmallNet(nn.Module):
 class Classifier(pl.LightningModule):
     """An ordinary LightningModule: a network, a loss, a metric, an optimizer."""
 
-    def __init__(self, channels: int, lr: float = 3e-3) -> None:
+    def __init__(self, channels: int = 1, lr: float = 3e-3) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.net = SmallNet(channels)

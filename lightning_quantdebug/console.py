@@ -43,7 +43,8 @@ def summary(report: Report) -> str:
     verdict, scores = rows.title(report)
     texts = [f"quantdebug: {verdict}{f': {scores}' if scores else ''}", *rows.outcome_texts(report)]
     lines = ["-" * WIDTH, *(line for text in texts for line in wrapped(text))]
-    lines += _steps(report) + _remedies(report) + _findings(report) + _next(report) + _files(report)
+    lines += _steps(report) + _remedies(report) + _findings(report) + _next(report)
+    lines += _exports(report) + _files(report)
     return "\n".join([*lines, "-" * WIDTH])
 
 
@@ -98,6 +99,12 @@ def _next(report: Report) -> list[str]:
     """What to do next."""
     lines = [line for text in rows.next_texts(report) for line in wrapped(text, "  * ", "    ")]
     return ["", "Next", *lines] if lines else []
+
+
+def _exports(report: Report) -> list[str]:
+    """What runs elsewhere, and whether it was proven."""
+    lines = [line for text in rows.export_texts(report) for line in wrapped(text, "  * ", "    ")]
+    return ["", "Exported", *lines] if lines else []
 
 
 def _files(report: Report) -> list[str]:

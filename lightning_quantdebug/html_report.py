@@ -17,6 +17,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from lightning_quantdebug.export_lines import EXPORT_HEADER, export_rows
 from lightning_quantdebug.html_charts import Chart, overview_charts, tensor_charts
 from lightning_quantdebug.markdown_text import interval, number
 from lightning_quantdebug.quantizer_tables import helps, judgement
@@ -79,6 +80,8 @@ def to_html(report: Report) -> str:
         flips=_flips(report.visuals.predictions),
         tensors=tensors,
         sensitivity=_sensitivity(report.sensitivity),
+        exports=export_rows(report.final.exports),
+        export_header=EXPORT_HEADER,
         ranges=_ranges(report.final.settings.values()),
         reasons_not=sorted(names_by_reason(report.coverage).items(), key=lambda item: -len(item[1])),
         facts={"Settings": _facts(report.settings), "Environment": _facts(report.environment)},

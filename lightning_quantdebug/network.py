@@ -2,7 +2,8 @@
 
 A quantized model is rebuilt and exported as one call of one module. :class:`Network` names that module and the
 quantizers that its tensors come from; :class:`NetworkCall` is one recorded call. Arguments and results may have any
-structure: tensors are taken out in a fixed order and put back in the same one.
+structure: tensors are taken out in a fixed order and put back in the same one. :class:`Wiring` is what tells its
+operations apart in another process, where they may run in another order.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 
 from lightning_quantdebug.errors import CaptureError
 from lightning_quantdebug.instrumentation import Instrumentation
+from lightning_quantdebug.interception import OpKey
 from lightning_quantdebug.model_loan import BorrowedForward
+from lightning_quantdebug.topology import Names, Operation, Topology
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +56,11 @@ class Network:
     def call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Call it as it is, past a session that has borrowed its ``forward``."""
         return self.module(*args, **kwargs) if self.path else plain_forward(self.root)(*args, **kwargs)
+
+    def holds(self, operation: Operation) -> bool:
+        """Whether an operation runs inside it."""
+        path = operation.key.path
+        return path == self.path or path.startswith(f"{self.path}.") if self.path else not operation.direct
 
     def run(self, session: Instrumentation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Call it with the quantizers of ``session`` in their modes."""
@@ -92,6 +100,188 @@ class NetworkCall:
         """The same call with arguments that nobody else writes into."""
         with torch.inference_mode(False), torch.no_grad():
             return self.with_tensors([tensor.detach().clone() for tensor in self.tensors])
+
+
+@dataclass(frozen=True, eq=False)
+class Wiring:
+    """What tells a network's operations apart in another process.
+
+    Operations of one kind in one module are numbered as they first run, which on other data is another order, and
+    whether a loop's rounds share a quantizer is only known once two numbers of rounds were seen. Both are kept here.
+
+    Attributes:
+        after: For each operation by name, what its arguments come from: operations, parameters, ``""`` for the rest.
+        at: For each operation by name, the instructions that call it, which other versions of Python number otherwise.
+        quantizers: Names of the quantizers that sit at each operation.
+        calls: Paths of modules all calls of which share their quantizers.
+        rounds: Names of operations in loops all rounds of which do.
+    """
+
+    after: Mapping[str, frozenset[tuple[str, ...]]] = field(default_factory=dict)
+    at: Mapping[str, frozenset[tuple[int, ...]]] = field(default_factory=dict)
+    quantizers: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    calls: frozenset[str] = frozenset()
+    rounds: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, session: Instrumentation, network: Network) -> Wiring:
+        """The wiring of a session's network, as far as it was recorded."""
+        operations = [operation for operation in session.topology if network.holds(operation)]
+        after: dict[str, set[tuple[str, ...]]] = {}
+        at: dict[str, set[tuple[int, ...]]] = {}
+        for operation in operations:
+            after.setdefault(operation.name, set()).add(_after(operation, network))
+            at.setdefault(operation.name, set()).add(_at(operation))
+        shared = session.topology.shared_keys()
+        return cls(
+            {name: frozenset(found) for name, found in after.items()},
+            {name: frozenset(found) for name, found in at.items()},
+            {name: found for name, found in sites_at(session).items() if name in after},
+            frozenset(op.key.path for op in operations if shared[op.key].call is None),
+            frozenset(op.name for op in operations if shared[op.key].occurrence is None),
+        )
+
+    def joined(self, other: Wiring) -> Wiring:
+        """What tells the operations of both apart; quantizers are those of this one."""
+        after, at = dict(self.after), dict(self.at)
+        for name in other.after:
+            after[name] = after.get(name, frozenset()) | other.after[name]
+            at[name] = at.get(name, frozenset()) | other.at[name]
+        return Wiring(after, at, self.quantizers, self.calls, self.rounds)
+
+    def topology(self, names: Names | None = None, taken: Iterable[str] = ()) -> Topology:
+        """An empty topology in which operations get the names that they have here.
+
+        Args:
+            names: Gives the names instead, in the process that the wiring was taken in.
+            taken: Names that operations which are not here must not get.
+        """
+        return _Wired(names=names or _WiredNames(self, taken), wiring=self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as :meth:`from_dict` takes them."""
+        operations = {
+            name: {
+                "after": sorted(map(list, self.after[name])),
+                "at": sorted(map(list, self.at[name])),
+                "quantizers": sorted(self.quantizers.get(name, ())),
+            }
+            for name in self.after
+        }
+        return {"operations": operations, "calls": sorted(self.calls), "rounds": sorted(self.rounds)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Wiring:
+        """What :meth:`to_dict` was taken of."""
+        operations = values["operations"]
+        return cls(
+            {name: frozenset(map(tuple, item["after"])) for name, item in operations.items()},
+            {name: frozenset(map(tuple, item["at"])) for name, item in operations.items()},
+            {name: frozenset(item["quantizers"]) for name, item in operations.items()},
+            frozenset(values["calls"]),
+            frozenset(values["rounds"]),
+        )
+
+
+def sites_at(session: Instrumentation) -> dict[str, frozenset[str]]:
+    """Names of the quantizers at each recorded operation, by its name."""
+    shared, sites = session.topology.shared_keys(), _names_by_key(session)
+    return {operation.name: frozenset(sites.get(shared[operation.key], ())) for operation in session.topology}
+
+
+def sites_of_runs(session: Instrumentation) -> list[set[str]]:
+    """Names of the quantizers that each recorded run reaches."""
+    shared, sites = session.topology.shared_keys(), _names_by_key(session)
+    return [{name for op in run for name in sites.get(shared[op.key], ())} for run in session.topology.runs]
+
+
+def _names_by_key(session: Instrumentation) -> dict[OpKey, list[str]]:
+    """Names of the quantizers at each identity."""
+    found: dict[OpKey, list[str]] = {}
+    for site in session.plan.sites:
+        for spot in site.places:
+            found.setdefault(spot.key, []).append(site.name)
+    return found
+
+
+def _after(operation: Operation, network: Network | None = None) -> tuple[str, ...]:
+    """What the arguments of an operation come from; what is made outside the network comes from nowhere."""
+    return tuple(
+        (value.name if value.constant else "")
+        if value.producer is None
+        else ("" if network is not None and not network.holds(value.producer) else value.producer.name)
+        for _, value in operation.inputs
+    )
+
+
+def _at(operation: Operation) -> tuple[int, ...]:
+    """The instructions that call an operation, without the addresses of their code."""
+    return tuple(operation.key.site[1::2])
+
+
+class _WiredNames(Names):
+    """Names that operations have in a wiring; others get names that are not taken."""
+
+    def __init__(self, wiring: Wiring, taken: Iterable[str]) -> None:
+        """Start with no operation."""
+        super().__init__()
+        self._taken = {*taken, *wiring.after}
+        self._after: dict[str, set[tuple[str, ...]]] = {}
+        self._at: dict[str, set[tuple[int, ...]]] = {}
+        self._numbered: dict[str, list[tuple[int, str]]] = {}
+        self._named: tuple[tuple[str, ...], tuple[int, ...]] = ((), ())
+        for name in wiring.after:
+            # Calls of one module differ in what stands behind "@", which is added to the name of the first one.
+            base = name.split("@")[0]
+            self._after.setdefault(base, set()).update(wiring.after[name])
+            self._at.setdefault(base, set()).update(wiring.at[name])
+        for base in self._after:
+            self._numbered.setdefault(base, []).append((0, base))
+            stem, _, number = base.rpartition(".")
+            if number.isdecimal():
+                self._numbered.setdefault(stem, []).append((int(number), base))
+
+    def name(self, operation: Operation, is_main: bool) -> str:
+        """The name of an operation; ``is_main``: it is what its torch module is there for."""
+        self._named = _after(operation), _at(operation)
+        return super().name(operation, is_main)
+
+    def _unused(self, base: str, identity: tuple[Any, ...]) -> str:
+        """The name in the wiring that fits best, else one that is not taken."""
+        known = [name for _, name in sorted(self._numbered.get(base, ()))]
+        free = [name for name in known if self._owners.get(name, identity) == identity]
+        best = max(free, key=self._fit, default="")
+        if not best or not self._fit(best):
+            number, best = 0, base
+            while best in self._taken or self._owners.get(best, identity) != identity:
+                number += 1
+                best = f"{base}.{number}"
+        self._owners[best] = identity
+        return best
+
+    def _fit(self, name: str) -> int:
+        """How well the operation that is named fits; the instruction says more than what it works on."""
+        after, at = self._named
+        return 2 * (at in self._at[name]) + (after in self._after[name])
+
+
+@dataclass(eq=False)
+class _Wired(Topology):
+    """A topology whose calls and rounds share what a wiring says."""
+
+    wiring: Wiring = field(default_factory=Wiring)
+
+    def shared_keys(self) -> dict[OpKey, OpKey]:
+        """Each recorded key with the parts left out whose number depends on the data, here or in the wiring."""
+        wiring = self.wiring
+        rounds = {(op.key.path, op.key.func, op.key.site) for op in self if op.name in wiring.rounds}
+        return {
+            key: shared._replace(
+                call=None if key.path in wiring.calls else shared.call,
+                occurrence=None if (key.path, key.func, key.site) in rounds else shared.occurrence,
+            )
+            for key, shared in super().shared_keys().items()
+        }
 
 
 def argument_names(network: Network, call: NetworkCall) -> list[str]:

@@ -354,8 +354,8 @@ class Final:
         interval: Confidence interval of ``loss`` (95 %).
         settings: The final setting of each quantizer by its name, in order of execution.
         files: What was written: a file's role, such as ``report.md`` or ``tensorboard``, and its path.
-        exports: What runs elsewhere, and how far each was proven to do what was simulated.
         module_state: In words, in which state the user's module was given back.
+        exports: What runs elsewhere, and how far each was proven to do what was simulated.
     """
 
     score: float | None = None
@@ -363,8 +363,8 @@ class Final:
     interval: tuple[float, float] | None = None
     settings: Mapping[str, QuantizerSetting] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
-    exports: tuple[Export, ...] = ()
     module_state: str = "unchanged: the float weights as they were before the walk"
+    exports: tuple[Export, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lightning_quantdebug.export_lines import EXPORT_HEADER, comparison_line, export_rows, next_on_device
 from lightning_quantdebug.markdown_text import code, escape, interval, number, table
 from lightning_quantdebug.quantizer_tables import quantizers_section, settings_section
 from lightning_quantdebug.report import (
@@ -101,13 +102,6 @@ def interaction(report: Report) -> str | None:
     )
 
 
-# This version exports nothing itself.
-_MEASURE_ON_DEVICE = (
-    "Export the model with your engine's own tools and measure it on the device: this report simulates the engine's "
-    "arithmetic in float."
-)
-
-
 def _against_the_sum(extra: float) -> str:
     """How much more than the sum of its parts a loss is; rounding of the subtraction is no difference."""
     if abs(extra) < 1e-6:
@@ -127,7 +121,7 @@ def next_steps(report: Report) -> list[str]:
     """What the user can do now: plain sentences, the most useful first."""
     steps = list(dict.fromkeys(finding.advice for finding in report.findings if finding.advice))[:MAX_NAMES]
     if report.verdict in (Verdict.ACCEPTED, Verdict.REPAIRED, Verdict.REPAIRED_BY_QAT):
-        return [_MEASURE_ON_DEVICE, *steps]
+        return [next_on_device(report.final.exports), *steps]
     if report.verdict is Verdict.NOT_ACCEPTED:
         undone = [step.advice for step in left_undone(report)[:1]]
         return steps + (undone or _wider_targets(report))
@@ -205,6 +199,7 @@ def to_markdown(report: Report) -> str:
         _coverage(report.coverage),
         _ranges(report),
         "## What to do next\n\n" + _bullets(escape(line) for line in next_steps(report)),
+        _exported(report),
         _written(report),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -358,6 +353,16 @@ def _ranges(report: Report) -> str:
 def _more(count: int, shown: int) -> str:
     """A line that says what the page left out."""
     return "" if count <= shown else f"\n\n{count - shown} more in report.json."
+
+
+def _exported(report: Report) -> str:
+    """What runs elsewhere, and how far it was proven."""
+    exports = report.final.exports
+    if not exports:
+        return ""
+    rows = [[escape(text) for text in row] for row in export_rows(exports)]
+    lines = [escape(f"{export.name}, {comparison_line(one)}") for export in exports for one in export.comparisons]
+    return "## Exported files\n\n" + table(EXPORT_HEADER, rows) + ("\n\n" + _bullets(lines) if lines else "")
 
 
 def _written(report: Report) -> str:

@@ -74,7 +74,8 @@ def _sections(report: Report) -> list[RenderableType]:
     if remedies:
         tried.append(rich_table(rows.REMEDY_HEADER, remedies, _STYLES, texts=(0, 4)))
     todo = [_item("  *", Text(printable(text))) for text in rows.next_texts(report)]
-    parts = [walk, tried, _titled("Findings", _findings(report)), _titled("Next", todo)]
+    exported = [_item("  *", Text(text)) for text in rows.export_texts(report)]
+    parts = [walk, tried, _titled("Findings", _findings(report)), _titled("Next", todo), _titled("Exported", exported)]
     # An empty line above each part, and one above the files.
     return [*(Padding(Group(*part), (1, 0, 0, 0)) for part in parts if part), Text()]
 

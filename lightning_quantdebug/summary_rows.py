@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from lightning_quantdebug.export_lines import export_text
 from lightning_quantdebug.report import Report, StepName, StepVerdict
 from lightning_quantdebug.report_markdown import (
     headline,
@@ -144,6 +145,16 @@ def next_texts(report: Report) -> list[str]:
     """
     said = {finding.advice for finding in report.findings[:MAX_FINDINGS]}
     return [step for step in next_steps(report) if step not in said]
+
+
+def export_texts(report: Report) -> list[str]:
+    """What runs elsewhere, a sentence for each format.
+
+    Examples:
+        >>> export_texts(Report())
+        []
+    """
+    return [printable(export_text(export)) for export in report.final.exports]
 
 
 def file_rows(report: Report) -> list[tuple[str, str]]:

@@ -242,13 +242,15 @@ def safe_tag(name: str) -> str:
 
 
 def step_scalars(report: Report, prefix: str) -> dict[str, float]:
-    """Score and loss of each step by their tags; a step that ran twice counts as it ran last."""
-    return {
+    """Score and loss of each step, the last one where it ran twice, and score of each exported file, by their tags."""
+    steps = {
         f"{prefix}/{word}/{item.step.value}": value
         for item in report.steps
         for word, value in (("score", item.score), ("loss", item.loss))
         if value is not None
     }
+    exports = report.final.exports
+    return steps | {f"{prefix}/export/{item.name}": item.score for item in exports if item.score is not None}
 
 
 def walk_scalars(step: Step) -> dict[str, float]:

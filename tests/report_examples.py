@@ -1,9 +1,12 @@
 """Reports that several tests look at."""
 
 from lightning_quantdebug.report import (
+    Agreement,
     Baseline,
     Cause,
+    Comparison,
     Coverage,
+    Export,
     Final,
     Finding,
     QuantizerSetting,
@@ -130,6 +133,14 @@ def full_report() -> Report:
     )
 
 
+def _exports(reason: str) -> tuple[Export, ...]:
+    """A file that was proven, and one that could not be written."""
+    compared = Comparison("onnxruntime, as usual", 128, 2.0, 0.31, 3.0, 0.42, 0.9921875)
+    plain = Comparison("onnxruntime, optimizations off", 128, 1.0, 0.30, 3.0, 0.42, 1.0)
+    verified = Export("onnx", Agreement.VERIFIED, "", ("out/model.onnx",), (plain, compared), 0.4775, 0.48, 2.0)
+    return verified, Export("pt2", Agreement.NOT_WRITTEN, reason)
+
+
 def hostile_report() -> Report:
     """A report whose every text comes from an enemy."""
     point = {"title": HOSTILE, "raised": 1, "size_bytes": 1.0, "bit_operations": 1.0, "score": None, "loss": None}
@@ -155,6 +166,8 @@ def hostile_report() -> Report:
         coverage=Coverage((HOSTILE,), (Unquantized(HOSTILE, HOSTILE),), (HOSTILE,)),
         findings=(Finding(Cause.NON_FINITE, HOSTILE, HOSTILE, HOSTILE, HOSTILE),),
         verdict=Verdict.FAILED,
-        final=Final(0.4, 0.1, None, {HOSTILE: setting}, {HOSTILE: HOSTILE, "tensorboard": HOSTILE}, HOSTILE),
+        final=Final(
+            0.4, 0.1, None, {HOSTILE: setting}, {HOSTILE: HOSTILE, "tensorboard": HOSTILE}, HOSTILE, _exports(HOSTILE)
+        ),
         error=HOSTILE,
     )

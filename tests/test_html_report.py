@@ -116,7 +116,7 @@ def test_the_verdict_stands_first_with_a_word_and_what_to_do() -> None:
     assert page.text.index("✓ repaired") < page.text.index("The walk")
     assert "val_acc 0.93 in FP32, 0.924 quantized, loss 0.006 (permitted: 1%) ; 95 % interval" in page.text
     assert "of the loss [0, 0.012]" in page.text
-    assert "What to do next: Export the model" in page.text
+    assert "What to do next: Write a file that runs elsewhere" in page.text
     assert "✗ not accepted" in Page(to_html(full_report())).text
 
 

@@ -66,7 +66,7 @@ def test_hostile_names_stay_text() -> None:
 def test_hostile_names_can_not_add_a_cell_to_a_table() -> None:
     html = rendered(to_markdown(hostile_report()))
     tables = re.findall(r"<table>.*?</table>", html, re.DOTALL)
-    assert len(tables) == 6
+    assert len(tables) == 7
     for text in tables:
         rows = re.findall(r"<tr>(.*?)</tr>", text, re.DOTALL)
         assert len({len(re.findall(r"<t[hd]\b", row)) for row in rows}) == 1
