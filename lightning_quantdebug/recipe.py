@@ -17,16 +17,15 @@ import importlib.metadata
 import json
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from lightning_quantdebug.adjustment import Adjustment
@@ -35,7 +34,8 @@ from lightning_quantdebug.errors import CaptureError, RecipeError, SettingsError
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.interception import clean_path
 from lightning_quantdebug.model_loan import eval_mode, undisturbed
-from lightning_quantdebug.network import Network, NetworkCall
+from lightning_quantdebug.network import Network, NetworkCall, Wiring, argument_names, sites_at, sites_of_runs
+from lightning_quantdebug.quantizer import load_custom_quantizer
 from lightning_quantdebug.recorder import input_names
 from lightning_quantdebug.session_state import load_state, state_of
 from lightning_quantdebug.target import Mode, QuantSpec, QuantTarget
@@ -54,9 +54,11 @@ class Recipe:
         scope: Path of the sub-module that is quantized; ``""``: all.
         exclude: Name patterns of quantizers that were left out.
         path: Path of the module that is called; ``""``: the root.
-        inputs: See :class:`~lightning_quantdebug.network.Network`.
+        inputs: For each tensor that is given to the network, by the name of the argument, the name that a quantizer of
+            it has; ``""``: it has none.
         state: Quantizers and adjustments by name, as :func:`~lightning_quantdebug.session_state.state_of` gives them.
-        reached: Names of the quantizers that the first call of the network must reach.
+        reached: Names of the quantizers that every call of the network must reach.
+        wiring: What tells the operations apart in another process.
         tensors: Shape, dtype and SHA-256 of each parameter and buffer that the network reads, by name.
         example: What a call looks like: its structure and the shape, dtype and range of each tensor.
         origin: Versions, the model's class and what the model scored.
@@ -66,9 +68,10 @@ class Recipe:
     scope: str
     exclude: tuple[str, ...]
     path: str
-    inputs: tuple[str, ...]
+    inputs: Mapping[str, str]
     state: Mapping[str, Any]
     reached: tuple[str, ...]
+    wiring: Wiring
     tensors: Mapping[str, Mapping[str, Any]]
     example: Mapping[str, Any]
     origin: Mapping[str, Any]
@@ -84,32 +87,36 @@ class Recipe:
             network: What of its root is called.
             call: One call of the network, which is recorded to find out what it reads; the tensors are not kept.
             origin: What is known of where it comes from.
+
+        Raises:
+            RecipeError: If no quantizer has a range, or the network reaches none.
         """
-        own = _recorded(Recipe._empty(session, network), network, call)
-        reached = tuple(name for name in own.quantizers if name in session.quantizers)
+        if not any(quantizer.is_calibrated for quantizer in session.quantizers.values()):
+            raise RecipeError("No quantizer has a range yet: call `calibrate` before the recipe is made.")
+        wiring = Wiring.of(session, network)
+        own = _recorded(session, network, call, wiring)
+        always = set.intersection(*sites_of_runs(own), *(found for found in sites_of_runs(session) if found))
+        reached = tuple(name for name in own.quantizers if name in session.quantizers and name in always)
         if not reached:
-            raise CaptureError(
+            raise RecipeError(
                 f"The network {network.path or type(network.root).__name__!r} reaches none of the quantizers of "
                 "validation, so that no recipe can be made of it."
             )
-        return cls(
+        recipe = cls(
             target=session.target,
             scope=session.scope,
             exclude=session.exclude,
             path=network.path,
-            inputs=network.inputs,
+            inputs=dict(zip(argument_names(network, call), network.inputs, strict=False)),
             state=_settled(session),
             reached=reached,
-            tensors=fingerprints(network.root, _read_by(own)),
+            wiring=wiring.joined(Wiring.of(own, network)),
+            tensors=fingerprints(network.root, _read_by(own, network) | _read_by(session, network)),
             example=_example_of(call),
             origin=dict(origin or {}),
         )
-
-    @classmethod
-    def _empty(cls, session: Instrumentation, network: Network) -> Recipe:
-        """A recipe without content, to record a network with the settings of ``session``."""
-        state: dict[str, Any] = {"quantizers": {}, "adjustments": {}}
-        return cls(session.target, session.scope, session.exclude, network.path, network.inputs, state, (), {}, {}, {})
+        recipe.check_sites(own)
+        return recipe
 
     def save(self, directory: str | Path) -> Path:
         """Write the recipe; a directory of an older one is replaced as a whole.
@@ -123,13 +130,16 @@ class Recipe:
         directory = Path(directory)
         settings, tensors = self._content()
         try:
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            fresh = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
+            place = directory.resolve()
+            _refuse_others(place)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            fresh = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}-"))
             try:
                 save_file(tensors, fresh / _TENSORS)
+                settings["tensors"] = hashlib.sha256((fresh / _TENSORS).read_bytes()).hexdigest()
                 (fresh / _SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
                 fresh.chmod(0o755)
-                _put_in_place(fresh, directory)
+                _put_in_place(fresh, place)
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
         except (OSError, SafetensorError) as error:
@@ -149,13 +159,15 @@ class Recipe:
         try:
             settings = json.loads((directory / _SETTINGS).read_text(encoding="utf-8"))
             version = settings.get("schema_version") if isinstance(settings, dict) else None
-            if version != SCHEMA_VERSION:
+            if version != SCHEMA_VERSION or isinstance(version, bool):
                 raise RecipeError(
                     f"The recipe {str(directory)!r} has the schema version {version!r}, this version of "
                     f"lightning-quantdebug reads {SCHEMA_VERSION}. Install the version that wrote it."
                 )
-            tensors = load_file(directory / _TENSORS)
-            return cls._from_content(settings, tensors)
+            content = (directory / _TENSORS).read_bytes()
+            if hashlib.sha256(content).hexdigest() != settings["tensors"]:
+                raise ValueError(f"{_TENSORS} is not the file that {_SETTINGS} was written with")
+            return cls._from_content(settings, load(content))
         except OSError as error:
             raise RecipeError(
                 f"Can not read the recipe {str(directory)!r}: {error}. Give the directory `recipe` that QuantDebug "
@@ -179,6 +191,7 @@ class Recipe:
         quantizers: dict[str, Any] = {}
         for name, values in self.state["quantizers"].items():
             quantizers[name] = {key: values[key] for key in ("spec", "channel_axis", "frozen")}
+            quantizers[name]["calibrated"] = values["scale"] is not None
             for key in ("scale", "zero_point"):
                 if values[key] is not None:
                     tensors[f"{key}/{name}"] = values[key]
@@ -190,11 +203,12 @@ class Recipe:
             "target": self.target.to_dict(),
             "module": self.scope,
             "exclude": list(self.exclude),
-            "network": {"path": self.path, "inputs": list(self.inputs), "example": dict(self.example)},
+            "network": {"path": self.path, "inputs": dict(self.inputs), "example": dict(self.example)},
             "model": {name: dict(values) for name, values in self.tensors.items()},
             "quantizers": quantizers,
             "adjustments": {name: sorted(parts) for name, parts in self.state["adjustments"].items()},
             "reached": list(self.reached),
+            "wiring": self.wiring.to_dict(),
         }
         return settings, {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
 
@@ -205,7 +219,7 @@ class Recipe:
             str(name): _quantizer_state(str(name), values, tensors) for name, values in settings["quantizers"].items()
         }
         adjustments = {
-            str(name): {part: tensors[f"{part}/{name}"] for part in _texts(parts) if part in _PARTS}
+            str(name): {part: tensors[f"{part}/{name}"] for part in _texts(parts, _PARTS)}
             for name, parts in settings["adjustments"].items()
         }
         network = settings["network"]
@@ -216,9 +230,10 @@ class Recipe:
             scope=_text(settings["module"]),
             exclude=_texts(settings["exclude"]),
             path=_text(network["path"]),
-            inputs=_texts(network["inputs"]),
+            inputs={name: _text(quantizer) for name, quantizer in network["inputs"].items()},
             state={"quantizers": quantizers, "adjustments": adjustments},
             reached=_texts(settings["reached"]),
+            wiring=Wiring.from_dict(settings["wiring"]),
             tensors={str(name): _known_tensor(values) for name, values in settings["model"].items()},
             example=dict(network["example"]),
             origin=dict(settings["origin"]),
@@ -239,7 +254,12 @@ class Recipe:
                 f"The recipe belongs to another model ({self.origin.get('model', 'unknown')}): {type(model).__name__} "
                 f"has no {missing[:3]}{_and_more(missing)}; it has {sorted(found)[:3]}."
             )
-        now = fingerprints(model, self.tensors)
+        try:
+            now = fingerprints(model, self.tensors)
+        except (RuntimeError, ValueError) as error:
+            raise RecipeError(
+                f"The weights of {type(model).__name__} have no values yet ({error}): load them before."
+            ) from error
         for what in ("shape", "dtype", "sha256"):
             other = [name for name, values in self.tensors.items() if values[what] != now[name][what]]
             if other and what == "sha256":
@@ -259,14 +279,30 @@ class Recipe:
         """A call with random tensors of the shapes, dtypes and ranges that the recipe was made with."""
         generator = torch.Generator().manual_seed(seed)
         try:
-            spec = pytree.treespec_loads(self.example["structure"])
-            leaves = [_random(leaf, generator) for leaf in self.example["leaves"]]
-            args, kwargs = pytree.tree_unflatten(leaves, spec)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+            args, kwargs = (_made(self.example[part], generator) for part in ("args", "kwargs"))
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError, RecursionError) as error:
             raise RecipeError(
-                f"The recipe has no example of what the network takes ({error}): give an example batch."
+                f"The recipe has no example of what the network takes ({type(error).__name__}: {error}): give an "
+                "example batch."
             ) from error
         return NetworkCall(tuple(args), dict(kwargs))
+
+    def check_sites(self, session: Instrumentation) -> None:
+        """Find out whether quantizers sit where they sat.
+
+        Raises:
+            RecipeError: If not; the message names the operation.
+        """
+        known = self.state["quantizers"].keys() - set(self.inputs.values())
+        for name, sites in sites_at(session).items():
+            was = self.wiring.quantizers.get(name)
+            if was is not None and was & known != sites & known:
+                raise RecipeError(
+                    f"The quantizers of the operation {name!r} are {sorted(sites & known)}, the recipe has "
+                    f"{sorted(was & known)} there. Either the code of the model has changed since (recipe: "
+                    f"{_versions(self.origin)}), or the network takes several paths, and where quantizers sit depends "
+                    "on paths that these data do not take: call it with data first that take them."
+                )
 
 
 def _text(value: Any) -> str:
@@ -276,11 +312,14 @@ def _text(value: Any) -> str:
     return value
 
 
-def _texts(values: Any) -> tuple[str, ...]:
-    """A value that must be a list of strings."""
+def _texts(values: Any, known: Iterable[str] | None = None) -> tuple[str, ...]:
+    """A value that must be a list of strings, of those that are known."""
     if not isinstance(values, list):
         raise TypeError(f"a list is expected, not {values!r}")
-    return tuple(map(_text, values))
+    texts = tuple(map(_text, values))
+    if known is not None and not set(texts) <= set(known):
+        raise ValueError(f"{sorted(set(texts) - set(known))} are not known")
+    return texts
 
 
 def _known_tensor(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,14 +330,15 @@ def _known_tensor(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _quantizer_state(name: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What :func:`~lightning_quantdebug.session_state.load_state` takes of a quantizer, checked to be a grid."""
-    spec, scale, zero_point = (
-        QuantSpec(**values["spec"]),
-        tensors.get(f"scale/{name}"),
-        tensors.get(f"zero_point/{name}"),
-    )
-    if scale is not None:
-        Encoding(spec, scale, tensors[f"zero_point/{name}"], values["channel_axis"])
-    known = {"spec": dict(values["spec"]), "channel_axis": values["channel_axis"], "frozen": bool(values["frozen"])}
+    spec, axis = QuantSpec(**values["spec"]), values["channel_axis"]
+    scale, zero_point = tensors.get(f"scale/{name}"), tensors.get(f"zero_point/{name}")
+    if [type(item) for item in (spec.symmetric, spec.narrow_range, values["frozen"])] != [bool] * 3:
+        raise TypeError(f"{name!r} has {values!r}")
+    if (scale is not None and zero_point is not None) is not values["calibrated"]:
+        raise ValueError(f"{name!r} has no scale and zero point")
+    if scale is not None and zero_point is not None:
+        Encoding(spec, scale, zero_point, axis)
+    known = {"spec": dict(values["spec"]), "channel_axis": axis, "frozen": values["frozen"]}
     return {**known, "scale": scale, "zero_point": zero_point, "ratio": None, "count": None}
 
 
@@ -344,7 +384,8 @@ def save_recipe(session: Instrumentation, example_batch: Any, path: str | Path) 
     """Write the recipe of a model inside ``with instrument(...) as session``.
 
     Args:
-        session: What :func:`~lightning_quantdebug.instrument.instrument` yields, calibrated.
+        session: What :func:`~lightning_quantdebug.instrument.instrument` yields, calibrated. Every quantizer with a
+            range is in the recipe, whatever its mode.
         example_batch: What ``forward`` takes, as given to ``instrument``.
         path: The directory to write.
 
@@ -352,7 +393,7 @@ def save_recipe(session: Instrumentation, example_batch: Any, path: str | Path) 
         The directory.
 
     Raises:
-        RecipeError: If it can not be written.
+        RecipeError: If it can not be written, or no quantizer has a range.
     """
     call = call_of(example_batch)
     return Recipe.of(session, network_of(session, call), call, origin_of(session.root)).save(path)
@@ -377,8 +418,11 @@ class QuantizedModel(nn.Module):
         recipe.check(root)
         self.model = model
         self.recipe = recipe
-        self.__dict__["network"] = Network(root, recipe.path, recipe.inputs)
+        with _own_errors():
+            self.__dict__["network"] = Network(root, recipe.path, tuple(recipe.inputs.values()))
+            load_custom_quantizer(recipe.target.quantizer)
         self._session: Instrumentation | None = None
+        self._never_seen: set[str] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network in eval mode with the quantizers on.
@@ -389,13 +433,16 @@ class QuantizedModel(nn.Module):
         call = NetworkCall(args, kwargs)
         with eval_mode(self.model):
             session = self.session(call)
-            before = sum(session.unseen.values())
+            before = dict(session.unseen)
             output = self.network.run(session, args, kwargs)
-            if sum(session.unseen.values()) == before:
+            new = {name for name, count in session.unseen.items() if count != before.get(name)} - self._never_seen
+            if not new:
                 return output
             # A branch that no call has taken before: its quantizers are placed, and the call is run again.
             self._place(session, call)
-            return self.network.run(session, args, kwargs)
+            output = self.network.run(session, args, kwargs)
+            self._never_seen |= session.unseen.keys()
+            return output
 
     @property
     def network(self) -> Network:
@@ -407,26 +454,37 @@ class QuantizedModel(nn.Module):
         """The quantizers on the network; they are placed when it is called first."""
         if self._session is None:
             recipe = self.recipe
-            session = Instrumentation(
-                self.network.root, recipe.target, module=recipe.scope or None, exclude=recipe.exclude
-            )
-            self._place(session, call)
-            missing = [name for name in recipe.reached if name not in session.quantizers]
-            if missing:
-                raise RecipeError(
-                    f"The model runs other operations than the recipe was made of: it has no {missing[:3]}"
-                    f"{_and_more(missing)}; it has {sorted(session.quantizers)[:3]}. The code of the model has changed "
-                    f"since (recipe: {_versions(recipe.origin)})."
+            with _own_errors():
+                session = Instrumentation(
+                    self.network.root, recipe.target, module=recipe.scope or None, exclude=recipe.exclude
                 )
+            session.topology = recipe.wiring.topology(taken=(*recipe.state["quantizers"], *recipe.state["adjustments"]))
+            self._place(session, call)
             self._session = session
         return self._session
 
     def _place(self, session: Instrumentation, call: NetworkCall) -> None:
         """Record a call, and give every quantizer what the recipe says."""
-        with eval_mode(self.model), undisturbed(self.model), torch.inference_mode(False), torch.no_grad():
-            self.network.record(session, call.args, call.kwargs)
+        recipe = self.recipe
+        inputs = tuple(recipe.inputs.get(name, "") for name in argument_names(self.network, call))
+        with (
+            eval_mode(self.model),
+            undisturbed(self.model),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            _own_errors(),
+        ):
+            replace(self.network, inputs=inputs).record(session, call.args, call.kwargs)
             session.place()
-            load_state(session, self.recipe.state)
+            missing = [name for name in recipe.reached if name not in session.quantizers]
+            if missing:
+                raise RecipeError(
+                    f"The model runs other operations than the recipe was made of: it has no {missing[:3]}"
+                    f"{_and_more(missing)}; it has {sorted(session.quantizers)[:3]}. Either its code has changed since "
+                    f"(recipe: {_versions(recipe.origin)}), or these data take a path that was never calibrated."
+                )
+            recipe.check_sites(session)
+            load_state(session, recipe.state)
         for item in session.quantizers.values():
             item.mode = Mode.QUANTIZE if item.is_calibrated else Mode.BYPASS
 
@@ -437,6 +495,15 @@ class QuantizedModel(nn.Module):
     def __reduce__(self) -> Any:
         """Pickle as model and recipe."""
         return QuantizedModel, (self.model, self.recipe)
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """What can not be captured or set with a recipe is an error of the recipe."""
+    try:
+        yield
+    except (CaptureError, SettingsError) as error:
+        raise RecipeError(f"The recipe can not be put on the model: {error}") from error
 
 
 def network_of(session: Instrumentation, call: NetworkCall) -> Network:
@@ -487,21 +554,25 @@ def _named(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     return [(clean_path(name), tensor) for name, tensor in both]
 
 
-def _recorded(recipe: Recipe, network: Network, call: NetworkCall) -> Instrumentation:
-    """Quantizers on a network with the settings of a recipe."""
+def _recorded(session: Instrumentation, network: Network, call: NetworkCall, wiring: Wiring) -> Instrumentation:
+    """Quantizers as those of a session on what one call of the network runs."""
     root = network.root
-    session = Instrumentation(root, recipe.target, module=recipe.scope or None, exclude=recipe.exclude)
+    own = Instrumentation(root, session.target, module=session.scope or None, exclude=session.exclude)
+    own.topology = wiring.topology(session.topology.names)
     with eval_mode(root), undisturbed(root), torch.inference_mode(False), torch.no_grad():
-        network.record(session, call.args, call.kwargs)
-    session.place()
-    return session
+        network.record(own, call.args, call.kwargs)
+    own.place()
+    return own
 
 
-def _read_by(session: Instrumentation) -> set[str]:
-    """Names of the parameters and buffers that the recorded operations read, and that belong to their layers."""
+def _read_by(session: Instrumentation, network: Network) -> set[str]:
+    """Names of the parameters and buffers that the network's operations read, and that belong to their layers."""
     own = {name for name, _ in _named(session.root)}
-    read = {value.name for operation in session.topology for _, value in operation.inputs if value.name in own}
-    return read | {name for fold in session.plan.folds.values() for name in _names_of(fold) if name in own}
+    operations = [operation for operation in session.topology if network.holds(operation)]
+    read = {value.name for operation in operations for _, value in operation.inputs if value.name in own}
+    keys = {session.topology.shared_keys()[operation.key] for operation in operations}
+    folds = [fold for key, fold in session.plan.folds.items() if key in keys]
+    return read | {name for fold in folds for name in _names_of(fold) if name in own}
 
 
 def _names_of(fold: Any) -> tuple[str, ...]:
@@ -523,7 +594,7 @@ def _root_of(model: nn.Module, recipe: Recipe) -> nn.Module:
     """The model, or a holder that gives the network the path that it had in the LightningModule."""
     names = {name for name, _ in _named(model)}
     prefix = f"{recipe.path}."
-    if not recipe.path or not recipe.tensors or set(recipe.tensors) <= names:
+    if not recipe.path or (recipe.tensors.keys() <= names and recipe.path in dict(model.named_modules())):
         return model
     if not all(name.removeprefix(prefix) in names for name in recipe.tensors):
         return model
@@ -537,55 +608,82 @@ def _root_of(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 
 def _example_of(call: NetworkCall) -> dict[str, Any]:
-    """What a call looks like, without its values."""
-    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+    """What a call looks like, without its values; empty where it holds what can not be written down."""
     try:
-        # Torch warns of what it does itself.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            structure = pytree.treespec_dumps(spec)
-        plain = [_described(leaf) for leaf in leaves]
-        json.dumps(plain)
-    except (TypeError, ValueError, NotImplementedError):
+        return {"args": _described(call.args), "kwargs": _described(call.kwargs)}
+    except (TypeError, RuntimeError):
         return {}
-    return {"structure": structure, "leaves": plain}
 
 
-def _described(leaf: Any) -> Any:
-    """A tensor's shape, dtype and range, or a plain value."""
-    if not isinstance(leaf, Tensor):
-        return {"value": leaf}
-    dtype = str(leaf.dtype).removeprefix("torch.")
-    described: dict[str, Any] = {"shape": list(leaf.shape), "dtype": dtype}
-    if leaf.numel() and not leaf.is_complex():
-        finite = leaf.detach()[leaf.isfinite()] if leaf.is_floating_point() else leaf.detach()
+def _described(value: Any) -> dict[str, Any]:
+    """A tensor's shape, dtype and range, a plain value, or tuples, lists and dicts of them."""
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _described(item) for key, item in value.items()}}
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [_described(item) for item in value]}
+    if value is None or type(value) in (bool, int, float, str):
+        return {"value": value}
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{type(value).__name__} is no plain value")
+    dtype = str(value.dtype).removeprefix("torch.")
+    described: dict[str, Any] = {"shape": list(value.shape), "dtype": dtype}
+    if value.numel() and not value.is_complex():
+        finite = value.detach()[value.isfinite()] if value.is_floating_point() else value.detach()
         if finite.numel():
             described |= {"min": finite.min().item(), "max": finite.max().item()}
     return described
 
 
-def _random(leaf: Mapping[str, Any], generator: torch.Generator) -> Any:
-    """A random tensor as :func:`_described` tells, or the plain value."""
-    if "value" in leaf:
-        return leaf["value"]
-    dtype = getattr(torch, str(leaf["dtype"]))
+def _made(described: Mapping[str, Any], generator: torch.Generator) -> Any:
+    """Random tensors as :func:`_described` tells, in the same structure."""
+    if "value" in described:
+        return described["value"]
+    if "dict" in described:
+        return {key: _made(item, generator) for key, item in described["dict"].items()}
+    for kind in (tuple, list):
+        if kind.__name__ in described:
+            return kind(_made(item, generator) for item in described[kind.__name__])
+    dtype = getattr(torch, described["dtype"])
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{leaf['dtype']!r} is no dtype")
-    shape, low, high = [int(size) for size in leaf["shape"]], leaf.get("min", 0), leaf.get("max", 0)
+        raise TypeError(f"{described['dtype']!r} is no dtype")
+    shape, low, high = described["shape"], described.get("min", 0), described.get("max", 0)
     if dtype.is_floating_point:
-        return torch.empty(shape).uniform_(float(low), float(high), generator=generator).to(dtype)
+        share = torch.rand(shape, generator=generator, dtype=torch.float64)
+        return (float(low) * (1.0 - share) + float(high) * share).clamp(low, high).to(dtype)
     return torch.randint(int(low), int(high) + 1, shape, generator=generator).to(dtype)
 
 
+def _refuse_others(directory: Path) -> None:
+    """Raise unless a directory is none, is empty or holds a recipe alone: what is in it will be deleted.
+
+    Raises:
+        RecipeError: If something else is in the way.
+    """
+    others = [item.name for item in directory.iterdir()] if directory.exists() else []
+    others = sorted(set(others) - {_SETTINGS, _TENSORS})
+    if others:
+        raise RecipeError(
+            f"{str(directory)!r} holds other files than a recipe ({others[:3]}{_and_more(others)}), which writing it "
+            "would delete: give a directory of its own."
+        )
+
+
 def _put_in_place(fresh: Path, directory: Path) -> None:
-    """Let a finished directory take the place of an older one."""
-    old = None
-    if directory.exists():
-        old = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-old-"))
-        directory.replace(old / directory.name)
-    fresh.replace(directory)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+    """Let a finished directory take the place of an older one, which stays where it is if that fails."""
+    if not directory.exists():
+        fresh.replace(directory)
+        return
+    away = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-old-"))
+    old = away / directory.name
+    try:
+        directory.replace(old)
+        try:
+            fresh.replace(directory)
+        except OSError:
+            old.replace(directory)
+            raise
+    finally:
+        shutil.rmtree(away, ignore_errors=True)
 
 
 def _and_more(names: list[str]) -> str:

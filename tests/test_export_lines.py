@@ -25,7 +25,8 @@ def test_a_row_shows_the_way_that_differs_most() -> None:
     assert export_text(EXPORTS[0]) == "onnx verified: score 0.4775 (simulated 0.48), at most 2 steps apart"
     assert export_text(EXPORTS[1]) == "pt2 not_written: the disk is full"
     assert export_lines(EXPORTS[0])[1:] == [
-        "  onnxruntime, optimizations off: 128 samples, at most 1 steps apart (the simulation itself: 3), 100.00% equal",
+        "  onnxruntime, optimizations off: 128 samples, at most 1 steps apart (the simulation itself: 3), "
+        "100.00% equal",
         "  onnxruntime, as usual: 128 samples, at most 2 steps apart (the simulation itself: 3), 99.22% equal",
     ]
 
