@@ -10,7 +10,8 @@ Two schemas of AIMET (Docs/techniques/encoding_spec):
 
 * 1.0.0: ``real = (q + offset) * scale`` with unsigned ``q``: of an asymmetric grid ``offset = -zero_point``, of a
   symmetric one ``offset = -2 ** (bit_width - 1)``.
-* 2.0.0: the parameters of ONNX ``QuantizeLinear``; int32 biases are listed too.
+* 2.0.0: the parameters of ONNX ``QuantizeLinear``; int32 biases are listed too. (Integers above 2^24, which biases
+  beside activations of 16 bits can have, are no float32: quantizing such a bias again gives a neighbor.)
 """
 
 from __future__ import annotations

@@ -418,15 +418,22 @@ def _is_inside(frames: traceback.StackSummary, frame: traceback.FrameSummary) ->
 
 
 @contextmanager
+def autocast_off() -> Iterator[None]:
+    """No mixed precision while the block runs, on any device."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
-    """Keep torch from printing graphs and warnings while the block runs."""
+    """Keep torch from printing graphs and warnings, and from a Trainer's mixed precision, while the block runs."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
         # Graphs are printed by `print`.
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with autocast_off(), warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -38,6 +38,7 @@ def export_onnx(
         ReportError: If the file can not be written.
 
     Examples:
+        >>> import tempfile, torch
         >>> from lightning_quantdebug import instrument
         >>> model, batch = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(16, 4)
         >>> with instrument(model, batch) as q, tempfile.TemporaryDirectory() as folder:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,13 @@ def made_model(path: str, checkpoint: str | Path | None = None) -> nn.Module:
         sys.path.insert(0, os.getcwd())
     try:
         make = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise SettingsError(f"`--model {path}` can not be imported: {error}.") from error
+    except Exception as error:  # the user's code may raise anything
+        raise SettingsError(f"`--model {path}` can not be imported: {_told(error)}.") from error
     try:
         model = make() if callable(make) and not isinstance(make, nn.Module) else make
-    except TypeError as error:
+    except Exception as error:  # likewise
+        if not _needs_arguments(make):
+            raise SettingsError(f"`--model {path}` can not make the model: {_told(error)}.") from error
         raise SettingsError(
             f"`--model {path}` must make the model without arguments: {error}. Write a function that passes them."
         ) from error
@@ -52,10 +54,24 @@ def made_model(path: str, checkpoint: str | Path | None = None) -> nn.Module:
     return model.eval()
 
 
+def _needs_arguments(make: Any) -> bool:
+    """Whether a function or class can not be called without arguments."""
+    try:
+        inspect.signature(make).bind()
+    except (TypeError, ValueError):
+        return True
+    return False
+
+
+def _told(error: Exception) -> str:
+    """An error of somebody else's code, which may have no text."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
 def _load(model: nn.Module, checkpoint: str | Path) -> None:
     """Give a model the weights of a file."""
     try:
         state: Any = torch.load(checkpoint, map_location="cpu", weights_only=True)
         model.load_state_dict(state.get("state_dict", state), strict=True)
-    except (OSError, RuntimeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-        raise SettingsError(f"The checkpoint {str(checkpoint)!r} can not be loaded: {error}") from error
+    except Exception as error:  # a file may hold anything
+        raise SettingsError(f"The checkpoint {str(checkpoint)!r} can not be loaded: {_told(error)}.") from error

@@ -12,7 +12,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -293,7 +293,9 @@ def argument_names(network: Network, call: NetworkCall) -> list[str]:
         ['input']
     """
     try:
-        bound = inspect.signature(plain_forward(network.module)).bind(*call.args, **call.kwargs)
+        # What `torch.compile` makes of a module tells no names.
+        module = getattr(network.module, "_orig_mod", network.module)
+        bound = inspect.signature(plain_forward(module)).bind(*call.args, **call.kwargs)
         names = {id(tensor): name for key, item in bound.arguments.items() for name, tensor in _named(key, item)}
     except (TypeError, ValueError):
         names = {}
@@ -341,10 +343,9 @@ def named_outputs(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(output, (list, tuple)):
         for index, item in enumerate(output):
             yield from named_outputs(item, f"{name or 'output'}_{index}")
-    elif _has_fields(output):
-        for key, item in vars(output).items():
-            if not key.startswith("_"):
-                yield from named_outputs(item, f"{name}_{key}".lstrip("_"))
+    else:
+        for key, item in _fields_of(output).items():
+            yield from named_outputs(item, f"{name}_{key}".lstrip("_"))
 
 
 def with_output_tensors(output: Any, tensors: Sequence[Tensor]) -> Any:
@@ -367,15 +368,20 @@ def _rebuilt(output: Any, tensors: Iterator[Tensor]) -> Any:
     if isinstance(output, (list, tuple)):
         parts = [_rebuilt(item, tensors) for item in output]
         return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
-    if _has_fields(output):
-        other = copy.copy(output)
-        for key, item in vars(output).items():
-            if not key.startswith("_"):
-                object.__setattr__(other, key, _rebuilt(item, tensors))
-        return other
-    return output
+    own = _fields_of(output)
+    if not own:
+        return output
+    other = copy.copy(output)
+    for key, item in own.items():
+        object.__setattr__(other, key, _rebuilt(item, tensors))
+    return other
 
 
-def _has_fields(output: Any) -> bool:
-    """Whether an output is a record of the user's."""
-    return hasattr(output, "__dict__") and not isinstance(output, (str, bytes, type, nn.Module))
+def _fields_of(output: Any) -> dict[str, Any]:
+    """What a record of the user's holds, also one with slots; nothing for all else."""
+    if isinstance(output, (str, bytes, type, nn.Module)):
+        return {}
+    own = dict(getattr(output, "__dict__", {}))
+    if is_dataclass(output):
+        own |= {item.name: getattr(output, item.name) for item in fields(output) if item.name not in own}
+    return {key: item for key, item in own.items() if not key.startswith("_")}

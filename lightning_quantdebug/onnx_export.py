@@ -105,7 +105,8 @@ def to_onnx(exported: ExportedNetwork, call: NetworkCall, others: Sequence[Netwo
     owners = _name_biases(graph, exported.biases)
     tensors = name_quantizers(graph)
     narrow_grids(graph)
-    four = [name for name, w in weights.items() if w.encoding is not None and w.encoding.spec.bit_width <= 4]
+    encodings = {name: weight.encoding for name, weight in weights.items() if weight.encoding is not None}
+    four = {name: each.spec.symmetric for name, each in encodings.items() if each.spec.bit_width <= 4}
     store_four_bits(graph, four)
     stored, too_large = quantize_biases(graph)
     biases = {owners[name]: bias for name, bias in stored.items() if name in owners}

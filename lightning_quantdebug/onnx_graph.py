@@ -8,7 +8,7 @@ itself is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -322,13 +322,18 @@ def _put_pair(graph: ir.Graph, node: ir.Node, grid: Grid) -> None:
         user.replace_input_with(index, dequantizes.outputs[0])
 
 
-def store_four_bits(graph: ir.Graph, names: Sequence[str]) -> None:
-    """Store the named integer initializers, which hold 8 bits each, with 4 bits each; their zero points too."""
-    for name in names:
+def store_four_bits(graph: ir.Graph, signed: Mapping[str, bool]) -> None:
+    """Store integer initializers, which hold 8 bits each, with 4 bits each; their zero points too.
+
+    Args:
+        graph: The graph.
+        signed: Names of the initializers, and whether their integers have a sign.
+    """
+    for name, has_sign in signed.items():
         value = graph.initializers.get(name)
         if value is None or value.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
             continue
-        dtype = ir.DataType.INT4 if value.dtype is ir.DataType.INT8 else ir.DataType.UINT4
+        dtype = ir.DataType.INT4 if has_sign else ir.DataType.UINT4
         for user in value.consumers():
             zero_point = user.inputs[2]
             assert zero_point is not None

@@ -44,10 +44,8 @@ def onnx_type(quant_min: int, quant_max: int) -> tuple[ir.DataType, bool]:
     """The ONNX integer type for a grid, and whether the grid is all of it; where not, a ``Clip`` is put in later.
 
     Examples:
-        >>> onnx_type(0, 255)
-        (<DataType.UINT8: 2>, True)
-        >>> onnx_type(-31, 31)
-        (<DataType.INT8: 3>, False)
+        >>> [(dtype.name, is_whole) for dtype, is_whole in (onnx_type(0, 255), onnx_type(-31, 31))]
+        [('UINT8', True), ('INT8', False)]
     """
     exact = _GRIDS.get((quant_min, quant_max))
     if exact is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
-from lightning_quantdebug.exported_network import ExportedNetwork, Traced, pruned, trace
+from lightning_quantdebug.exported_network import ExportedNetwork, Traced, autocast_off, pruned, trace
 from lightning_quantdebug.network import NetworkCall
 
 
@@ -50,7 +50,7 @@ def load_pt2(path: str | Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     module = torch.export.load(str(path)).module()
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), autocast_off():
             return list(module(*(tensor.cpu() for tensor in tensors)))
 
     return run

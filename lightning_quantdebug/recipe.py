@@ -94,7 +94,8 @@ class Recipe:
         if not any(quantizer.is_calibrated for quantizer in session.quantizers.values()):
             raise RecipeError("No quantizer has a range yet: call `calibrate` before the recipe is made.")
         wiring = Wiring.of(session, network)
-        own = _recorded(session, network, call, wiring)
+        with _own_errors("No recipe can be made"):
+            own = _recorded(session, network, call, wiring)
         always = set.intersection(*sites_of_runs(own), *(found for found in sites_of_runs(session) if found))
         reached = tuple(name for name in own.quantizers if name in session.quantizers and name in always)
         if not reached:
@@ -203,7 +204,12 @@ class Recipe:
             "target": self.target.to_dict(),
             "module": self.scope,
             "exclude": list(self.exclude),
-            "network": {"path": self.path, "inputs": dict(self.inputs), "example": dict(self.example)},
+            "network": {
+                "path": self.path,
+                "arguments": list(self.inputs),
+                "inputs": list(self.inputs.values()),
+                "example": dict(self.example),
+            },
             "model": {name: dict(values) for name, values in self.tensors.items()},
             "quantizers": quantizers,
             "adjustments": {name: sorted(parts) for name, parts in self.state["adjustments"].items()},
@@ -226,11 +232,11 @@ class Recipe:
         # Lists are what JSON makes of tuples.
         target = {key: tuple(item) if isinstance(item, list) else item for key, item in settings["target"].items()}
         return cls(
-            target=QuantTarget.from_value(target),
+            target=_checked_target(QuantTarget.from_value(target)),
             scope=_text(settings["module"]),
             exclude=_texts(settings["exclude"]),
             path=_text(network["path"]),
-            inputs={name: _text(quantizer) for name, quantizer in network["inputs"].items()},
+            inputs=dict(zip(_texts(network["arguments"]), _texts(network["inputs"]), strict=True)),
             state={"quantizers": quantizers, "adjustments": adjustments},
             reached=_texts(settings["reached"]),
             wiring=Wiring.from_dict(settings["wiring"]),
@@ -322,6 +328,22 @@ def _texts(values: Any, known: Iterable[str] | None = None) -> tuple[str, ...]:
     return texts
 
 
+def _checked_target(target: QuantTarget) -> QuantTarget:
+    """A target whose fields are of their types."""
+    _text(target.name)
+    if target.quantizer is not None:
+        _text(target.quantizer)
+    _check_flags(target.weights, target.activations)
+    return target
+
+
+def _check_flags(*specs: QuantSpec) -> None:
+    """Raise unless what says yes or no does."""
+    for spec in specs:
+        if not isinstance(spec.symmetric, bool) or not isinstance(spec.narrow_range, bool):
+            raise TypeError(f"yes or no are expected in {spec!r}")
+
+
 def _known_tensor(values: Mapping[str, Any]) -> dict[str, Any]:
     """Shape, dtype and hash of a tensor, as JSON holds them."""
     shape = [int(size) for size in values["shape"]]
@@ -332,8 +354,9 @@ def _quantizer_state(name: str, values: Mapping[str, Any], tensors: Mapping[str,
     """What :func:`~lightning_quantdebug.session_state.load_state` takes of a quantizer, checked to be a grid."""
     spec, axis = QuantSpec(**values["spec"]), values["channel_axis"]
     scale, zero_point = tensors.get(f"scale/{name}"), tensors.get(f"zero_point/{name}")
-    if [type(item) for item in (spec.symmetric, spec.narrow_range, values["frozen"])] != [bool] * 3:
-        raise TypeError(f"{name!r} has {values!r}")
+    _check_flags(spec)
+    if not isinstance(values["frozen"], bool):
+        raise TypeError(f"yes or no is expected for {name!r}, not {values['frozen']!r}")
     if (scale is not None and zero_point is not None) is not values["calibrated"]:
         raise ValueError(f"{name!r} has no scale and zero point")
     if scale is not None and zero_point is not None:
@@ -466,7 +489,11 @@ class QuantizedModel(nn.Module):
     def _place(self, session: Instrumentation, call: NetworkCall) -> None:
         """Record a call, and give every quantizer what the recipe says."""
         recipe = self.recipe
-        inputs = tuple(recipe.inputs.get(name, "") for name in argument_names(self.network, call))
+        names = argument_names(self.network, call)
+        inputs = tuple(recipe.inputs.get(name, "") for name in names)
+        if not recipe.inputs.keys() & set(names):
+            # A forward whose arguments are called otherwise: their order is all that is left.
+            inputs = self.network.inputs
         with (
             eval_mode(self.model),
             undisturbed(self.model),
@@ -498,12 +525,12 @@ class QuantizedModel(nn.Module):
 
 
 @contextmanager
-def _own_errors() -> Iterator[None]:
+def _own_errors(what: str = "The recipe can not be put on the model") -> Iterator[None]:
     """What can not be captured or set with a recipe is an error of the recipe."""
     try:
         yield
     except (CaptureError, SettingsError) as error:
-        raise RecipeError(f"The recipe can not be put on the model: {error}") from error
+        raise RecipeError(f"{what}: {error}") from error
 
 
 def network_of(session: Instrumentation, call: NetworkCall) -> Network:
@@ -570,7 +597,8 @@ def _read_by(session: Instrumentation, network: Network) -> set[str]:
     own = {name for name, _ in _named(session.root)}
     operations = [operation for operation in session.topology if network.holds(operation)]
     read = {value.name for operation in operations for _, value in operation.inputs if value.name in own}
-    keys = {session.topology.shared_keys()[operation.key] for operation in operations}
+    shared = session.topology.shared_keys()
+    keys = {shared[operation.key] for operation in operations}
     folds = [fold for key, fold in session.plan.folds.items() if key in keys]
     return read | {name for fold in folds for name in _names_of(fold) if name in own}
 
@@ -594,7 +622,8 @@ def _root_of(model: nn.Module, recipe: Recipe) -> nn.Module:
     """The model, or a holder that gives the network the path that it had in the LightningModule."""
     names = {name for name, _ in _named(model)}
     prefix = f"{recipe.path}."
-    if not recipe.path or (recipe.tensors.keys() <= names and recipe.path in dict(model.named_modules())):
+    is_whole = recipe.tensors.keys() <= names if recipe.tensors else recipe.path in dict(model.named_modules())
+    if not recipe.path or is_whole:
         return model
     if not all(name.removeprefix(prefix) in names for name in recipe.tensors):
         return model

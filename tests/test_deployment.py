@@ -59,6 +59,17 @@ def test_every_format_is_proven_and_scored(tmp_path: Path, namespace: str) -> No
     assert torch.equal(rebuilt(x), found)
 
 
+@pytest.mark.parametrize(("precision", "written"), [("bf16-mixed", True), ("bf16-true", False)])
+def test_half_precision(tmp_path: Path, precision: str, written: bool) -> None:
+    callback = debugger(tolerance=1.0, export=ALL, dirpath=str(tmp_path / "out"))
+    trainer(tmp_path, callbacks=callback, precision=precision).fit(simple_class()(), loader(), loader(31, 1))
+    exports = _exports(callback.report)
+    assert exports.pop("recipe").agreement is Agreement.VERIFIED
+    for export in exports.values():
+        assert export.agreement is (Agreement.VERIFIED if written else Agreement.NOT_WRITTEN), export.reason
+        assert written or "is torch.bfloat16, only float32 networks are exported" in export.reason
+
+
 def test_the_recipe_is_always_written_and_nothing_else(tmp_path: Path) -> None:
     report = _walk(tmp_path, simple_class()())
     assert list(_exports(report)) == ["recipe"]
@@ -179,6 +190,20 @@ def test_a_file_that_differs_is_unverified_and_a_finding(tmp_path: Path, monkeyp
     assert "it differs from the simulation by itself" in export.reason
     assert [f.cause for f in report.findings if "onnx" in f.evidence] == [Cause.EXPORT_DIFFERS]
     assert export.score != pytest.approx(report.final.score, abs=1e-3)
+
+
+def test_a_file_that_scores_worse_is_unverified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "lightning_quantdebug.deployment.run_of", lambda *_: lambda tensors: [torch.zeros(len(tensors[0]), 3) - 9.0]
+    )
+    module = simple_class()()
+    with torch.no_grad():
+        module.net[3].bias[2] += 20.0
+    report = _walk(tmp_path, module, export=("onnx",), monitor="loss", mode="min", tolerance=1e-3)
+    export = _exports(report)["onnx"]
+    better = export.score < report.final.score
+    assert better or "with the file the score is worse by" in export.reason
+    assert (export.agreement is Agreement.VERIFIED) is better
 
 
 def test_a_full_disk_fails_one_format_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ by code that knows ONNX and AIMET's documentation and nothing of this package.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -18,12 +19,13 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from lightning_quantdebug import ExportError, instrument
+from lightning_quantdebug import ExportError, export_encodings, instrument
 from lightning_quantdebug.encoding import Encoding
 from lightning_quantdebug.encodings_export import FloatTwin, encodings_1_0_0, encodings_2_0_0, float_twin
 from lightning_quantdebug.onnx_export import OnnxNetwork, to_proto
-from lightning_quantdebug.onnx_operators import QUANTIZER
+from lightning_quantdebug.onnx_operators import NARROWS, QUANTIZER
 from lightning_quantdebug.recipe import call_of
+from lightning_quantdebug.report import Agreement
 from lightning_quantdebug.target import Kind, Mode, QuantSpec
 from tests.encodings_schemas import SCHEMA_1_0_0, SCHEMA_2_0_0
 from tests.exporting import EXPORTABLE, PER_GROUP, TARGETS, exporter_of, quantized, ran
@@ -330,6 +332,38 @@ def test_a_session_with_some_quantizers_off_is_exported_as_it_is() -> None:
             assert set(twin.parameters) <= {k for k, q in session.quantizers.items() if q.mode is Mode.QUANTIZE}
 
 
+class InAndOut(nn.Module):
+    """What goes in comes out, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.relu(self.layer(x)), x.reshape(-1, 2, 2), x
+
+
+def test_what_goes_in_may_come_out() -> None:
+    torch.manual_seed(0)
+    model, batch = InAndOut().eval(), torch.randn(6, 4)
+    with instrument(model, batch) as session:
+        session.calibrate([batch])
+        session.set_mode("quantize")
+        network = exporter_of(session, batch).onnx
+        _check(network, float_twin(network, _encodings_of(session)), [2 * batch])
+
+
+def test_files_are_written_and_the_float_one_is_compared(tmp_path: Path) -> None:
+    with quantized("resnet") as (session, batch):
+        export = export_encodings(session, tmp_path, batch)
+        twin = float_twin(exporter_of(session, batch).onnx, _encodings_of(session))
+    assert export.agreement is Agreement.VERIFIED
+    names = ["model_float.onnx", "model.encodings", "model_2.0.0.encodings"]
+    assert [Path(path).name for path in export.files] == names
+    assert [json.loads((tmp_path / name).read_text()) for name in names[1:]] == _both(twin)
+    assert onnx.load(tmp_path / names[0]) == to_proto(twin.model)
+
+
 def test_entries_say_what_the_target_says() -> None:
     with quantized("mobilenet", "w4a8") as (session, batch):
         twin = float_twin(exporter_of(session, batch).onnx, _encodings_of(session))
@@ -389,12 +423,20 @@ def _network(text: str, names: list[str]) -> OnnxNetwork:
     nodes = [node for node in model.graph if node.op_type == "QuantizeLinear"]
     for node, name in zip(nodes, names, strict=True):
         node.metadata_props[QUANTIZER] = name
+        if node.inputs[0].producer() is not None and node.inputs[0].producer().op_type == "Clip":
+            node.inputs[0].producer().metadata_props[NARROWS] = "1"
     return OnnxNetwork(model, None, {}, {}, {})  # type: ignore[arg-type]
 
 
 A = Encoding(QuantSpec(8), torch.tensor(0.5), torch.tensor(100.0))
 B = Encoding(QuantSpec(8), torch.tensor(0.375), torch.tensor(120.0))
-_CONSTANTS = "<float sa = {0.5}, uint8 za = {100}, float sb = {0.375}, uint8 zb = {120}>"
+# As A but for the bit-width, the scale, the zero point.
+C = Encoding(QuantSpec(7), torch.tensor(0.5), torch.tensor(100.0))
+D = Encoding(QuantSpec(8), torch.tensor(0.375), torch.tensor(100.0))
+E = Encoding(QuantSpec(8), torch.tensor(0.5), torch.tensor(120.0))
+_CONSTANTS = (
+    "<float sa = {0.5}, uint8 za = {100}, float sb = {0.375}, uint8 zb = {120}, float low = {-50}, float high = {13.5}>"
+)
 _X = [torch.linspace(-70, 90, 161).reshape(1, -1)]
 HEAD = f"(float[1, n] x) => (float[1, n] y) {_CONSTANTS}"
 
@@ -412,9 +454,30 @@ HEAD = f"(float[1, n] x) => (float[1, n] y) {_CONSTANTS}"
         pytest.param(
             HEAD + "{ t = Neg(x) q = QuantizeLinear(t, sa, za) d = DequantizeLinear(q, sa, za)"
             " r = QuantizeLinear(t, sa, za) e = DequantizeLinear(r, sa, za) y = Add(d, e) }",
-            "ac",
+            "af",
             {"t": A},
             id="two quantizers that do the same",
+        ),
+        pytest.param(
+            HEAD + "{ t = Neg(x) q = QuantizeLinear(t, sa, za) d = DequantizeLinear(q, sa, za)"
+            " r = QuantizeLinear(t, sb, za) e = DequantizeLinear(r, sb, za) y = Sub(d, e) }",
+            "ad",
+            {"t.1": A, "t.2": D},
+            id="two quantizers with one zero point",
+        ),
+        pytest.param(
+            HEAD + "{ t = Neg(x) q = QuantizeLinear(t, sa, za) d = DequantizeLinear(q, sa, za)"
+            " r = QuantizeLinear(t, sa, zb) e = DequantizeLinear(r, sa, zb) y = Sub(d, e) }",
+            "ae",
+            {"t.1": A, "t.2": E},
+            id="two quantizers with one scale",
+        ),
+        pytest.param(
+            HEAD + "{ t = Neg(x) q = QuantizeLinear(t, sa, za) d = DequantizeLinear(q, sa, za)"
+            " c = Clip(t, low, high) r = QuantizeLinear(c, sa, za) e = DequantizeLinear(r, sa, za) y = Sub(d, e) }",
+            "ac",
+            {"t.1": A, "t.2": C},
+            id="two quantizers with one scale and zero point, and other bit-widths",
         ),
         pytest.param(
             HEAD + "{ t = Neg(x) q = QuantizeLinear(t, sa, za) d = DequantizeLinear(q, sa, za) y = Sub(d, t) }",
@@ -428,6 +491,13 @@ HEAD = f"(float[1, n] x) => (float[1, n] y) {_CONSTANTS}"
             "ab",
             {"t": A, "d.1": B},
             id="one quantizer behind another",
+        ),
+        pytest.param(
+            HEAD + "{ t = Neg(x) q = QuantizeLinear(t, sa, za) d = DequantizeLinear(q, sa, za)"
+            " r = QuantizeLinear(d, sa, za) e = DequantizeLinear(r, sa, za) y = Sub(d, e) }",
+            "af",
+            {"t": A},
+            id="one quantizer behind another that does the same",
         ),
         pytest.param(
             HEAD + "{ t = Neg(x) q = QuantizeLinear(t, sa, za) d = DequantizeLinear(q, sa, za) m = Transpose(d)"
@@ -475,7 +545,7 @@ HEAD = f"(float[1, n] x) => (float[1, n] y) {_CONSTANTS}"
 def test_each_tensor_has_one_encoding(text: str, quantizers: str, names: dict[str, Encoding]) -> None:
     network = _network(text, list(quantizers))
     before = ir.to_proto(network.model).SerializeToString()
-    twin = float_twin(network, {"a": A, "b": B, "c": A})
+    twin = float_twin(network, {"a": A, "b": B, "c": C, "d": D, "e": E, "f": A})
     assert twin.activations == names
     _check(network, twin, _X)
     assert [value.name for value in twin.model.graph.outputs] == [value.name for value in network.model.graph.outputs]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_quantdebug import ExportError, export_onnx, instrument
 from lightning_quantdebug.adaround import AdaRoundSettings, adaround
 from lightning_quantdebug.bias_correction import correct_bias
+from lightning_quantdebug.encoding import encoding_from_range
 from lightning_quantdebug.equalization import equalize
 from lightning_quantdebug.instrument import batch_runs
 from lightning_quantdebug.onnx_export import to_proto
@@ -118,11 +119,16 @@ def test_per_group_weights_are_blocks_of_four_bits() -> None:
         ("tensorrt", "INT8", "INT8"),
         ("w4a4", "INT4", "UINT8"),
         ({"preset": "int8", "weights": {"symmetric": False}}, "UINT8", "UINT8"),
+        ({"preset": "w4a8", "weights": {"symmetric": False}}, "UINT4", "UINT8"),
     ],
 )
 def test_integers_are_stored_as_such(target: Any, weight: str, activation: str) -> None:
     with quantized("mobilenet", target) as (session, batch):
-        proto = to_proto(exporter_of(session, batch).onnx.fused())
+        exporter = exporter_of(session, batch)
+        proto = to_proto(exporter.onnx.fused())
+        found = ran(proto.SerializeToString(), [batch])
+        with exporter._integer_biases():
+            assert np.array_equal(found[0], simulated(session, batch)[0].numpy())
     stored = {item.name: item for item in proto.graph.initializer}
     types = {stored[node.input[2]].data_type for node in proto.graph.node if node.op_type == "QuantizeLinear"}
     assert types == {onnx.TensorProto.DataType.Value(activation)}
@@ -359,3 +365,19 @@ def test_the_model_is_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), random)
     assert "forward" not in model.__dict__
     assert not model._forward_hooks
+
+
+@pytest.mark.parametrize(("top", "kept"), [(12.0, True), (6.0, False), (3.0, False)])
+def test_clipping_stays_where_the_grid_goes_further(top: float, kept: bool) -> None:
+    model, batch = nn.Sequential(nn.Linear(4, 8), nn.ReLU6(), nn.Linear(8, 2)).eval(), 20 * torch.randn(32, 4)
+    with instrument(model, batch) as session:
+        session.calibrate([batch])
+        quantizer = session.quantizers["1"]
+        quantizer.encoding = encoding_from_range(torch.tensor(0.0), torch.tensor(top), quantizer.spec)
+        session.set_mode("quantize")
+        exporter = exporter_of(session, batch)
+        proto = to_proto(exporter.onnx.fused())
+        found = ran(proto.SerializeToString(), [batch])
+        with exporter._integer_biases():
+            assert np.array_equal(found[0], simulated(session, batch)[0].numpy())
+    assert ("Clip" in {node.op_type for node in proto.graph.node}) is kept
