@@ -245,7 +245,7 @@ def test_a_full_disk_leaves_the_older_recipe_whole(
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     recipe = Recipe.load(path)
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     for name in ("tempfile.mkdtemp", "save_file", "Path.write_text", "_put_in_place"):

@@ -17,7 +17,7 @@ from tests.browsers import Watched, browser_page, needs_browser, tensorboard_ser
 
 pytestmark = needs_browser
 ROOT = Path(__file__).parents[1]
-TARGET = "w2a4_per_tensor"
+TARGET = "w2a2_per_tensor"
 # Two bits: every box of the chart has something to do, training with quantizers among them.
 PATIENCE = 60_000
 # Milliseconds: software rendering on a busy machine.
