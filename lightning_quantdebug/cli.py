@@ -18,10 +18,6 @@ from lightning_quantdebug.console import print_summary
 from lightning_quantdebug.diff_console import comparison_json, print_comparison
 from lightning_quantdebug.errors import QuantDebugError, ReportError, SettingsError
 from lightning_quantdebug.export_lines import export_lines
-from lightning_quantdebug.exports import export_formats
-from lightning_quantdebug.made_model import made_model
-from lightning_quantdebug.plausibility import missing_packages
-from lightning_quantdebug.recipe import apply_recipe
 from lightning_quantdebug.report import Agreement, Report, StepName
 from lightning_quantdebug.report_diff import compare
 from lightning_quantdebug.report_pages import page_files, with_files, write_pages, write_pictures
@@ -145,6 +141,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _export(given: argparse.Namespace) -> int:
     """Write an accepted model in other formats."""
+    # Here alone, so that reports are compared without torch.
+    from lightning_quantdebug.exports import export_formats
+    from lightning_quantdebug.made_model import made_model
+    from lightning_quantdebug.plausibility import missing_packages
+    from lightning_quantdebug.recipe import apply_recipe
+
     recipe = Path(given.path)
     recipe = recipe if (recipe / "recipe.json").exists() else recipe / "recipe"
     missing = missing_packages(given.format)
