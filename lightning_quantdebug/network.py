@@ -141,22 +141,9 @@ class Wiring:
             frozenset(op.name for op in operations if shared[op.key].occurrence is None),
         )
 
-    def joined(self, other: Wiring) -> Wiring:
-        """What tells the operations of both apart; quantizers are those of this one."""
-        after, at = dict(self.after), dict(self.at)
-        for name in other.after:
-            after[name] = after.get(name, frozenset()) | other.after[name]
-            at[name] = at.get(name, frozenset()) | other.at[name]
-        return Wiring(after, at, self.quantizers, self.calls, self.rounds)
-
-    def topology(self, names: Names | None = None, taken: Iterable[str] = ()) -> Topology:
-        """An empty topology in which operations get the names that they have here.
-
-        Args:
-            names: Gives the names instead, in the process that the wiring was taken in.
-            taken: Names that operations which are not here must not get.
-        """
-        return _Wired(names=names or _WiredNames(self, taken), wiring=self)
+    def topology(self, taken: Iterable[str] = ()) -> Topology:
+        """An empty topology in which operations get the names that they have here, and others none that is taken."""
+        return _Wired(names=_WiredNames(self, taken), wiring=self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as :meth:`from_dict` takes them."""

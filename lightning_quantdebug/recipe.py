@@ -111,7 +111,7 @@ class Recipe:
             inputs=dict(zip(argument_names(network, call), network.inputs, strict=False)),
             state=_settled(session),
             reached=reached,
-            wiring=wiring.joined(Wiring.of(own, network)),
+            wiring=wiring,
             tensors=fingerprints(network.root, _read_by(own, network) | _read_by(session, network)),
             example=_example_of(call),
             origin=dict(origin or {}),
@@ -299,13 +299,15 @@ class Recipe:
         Raises:
             RecipeError: If not; the message names the operation.
         """
-        known = self.state["quantizers"].keys() - set(self.inputs.values())
-        for name, sites in sites_at(session).items():
-            was = self.wiring.quantizers.get(name)
-            if was is not None and was & known != sites & known:
+        known = self.state["quantizers"].keys()
+        # What comes into the network may have been put on its grid ahead of it.
+        ahead = set(self.inputs.values())
+        for name, found in sites_at(session).items():
+            was, sites = self.wiring.quantizers.get(name), found & known
+            if was is not None and not was <= sites <= was | ahead:
                 raise RecipeError(
-                    f"The quantizers of the operation {name!r} are {sorted(sites & known)}, the recipe has "
-                    f"{sorted(was & known)} there. Either the code of the model has changed since (recipe: "
+                    f"The quantizers of the operation {name!r} are {sorted(sites)}, the recipe has "
+                    f"{sorted(was)} there. Either the code of the model has changed since (recipe: "
                     f"{_versions(self.origin)}), or the network takes several paths, and where quantizers sit depends "
                     "on paths that these data do not take: call it with data first that take them."
                 )
@@ -462,7 +464,9 @@ class QuantizedModel(nn.Module):
             if not new:
                 return output
             # A branch that no call has taken before: its quantizers are placed, and the call is run again.
+            self._session = None
             self._place(session, call)
+            self._session = session
             output = self.network.run(session, args, kwargs)
             self._never_seen |= session.unseen.keys()
             return output
@@ -513,7 +517,7 @@ class QuantizedModel(nn.Module):
             recipe.check_sites(session)
             load_state(session, recipe.state)
         for item in session.quantizers.values():
-            item.mode = Mode.QUANTIZE if item.is_calibrated else Mode.BYPASS
+            item.mode = Mode.QUANTIZE
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedModel:
         """A copy of the model with the same recipe."""
@@ -585,7 +589,7 @@ def _recorded(session: Instrumentation, network: Network, call: NetworkCall, wir
     """Quantizers as those of a session on what one call of the network runs."""
     root = network.root
     own = Instrumentation(root, session.target, module=session.scope or None, exclude=session.exclude)
-    own.topology = wiring.topology(session.topology.names)
+    own.topology = wiring.topology()
     with eval_mode(root), undisturbed(root), torch.inference_mode(False), torch.no_grad():
         network.record(own, call.args, call.kwargs)
     own.place()
@@ -596,16 +600,7 @@ def _read_by(session: Instrumentation, network: Network) -> set[str]:
     """Names of the parameters and buffers that the network's operations read, and that belong to their layers."""
     own = {name for name, _ in _named(session.root)}
     operations = [operation for operation in session.topology if network.holds(operation)]
-    read = {value.name for operation in operations for _, value in operation.inputs if value.name in own}
-    shared = session.topology.shared_keys()
-    keys = {shared[operation.key] for operation in operations}
-    folds = [fold for key, fold in session.plan.folds.items() if key in keys]
-    return read | {name for fold in folds for name in _names_of(fold) if name in own}
-
-
-def _names_of(fold: Any) -> tuple[str, ...]:
-    """Names of the tensors of a batch normalization."""
-    return tuple(name for name in (fold.running_mean, fold.running_var, fold.weight, fold.bias) if name)
+    return {value.name for operation in operations for _, value in operation.inputs if value.name in own}
 
 
 def _settled(session: Instrumentation) -> dict[str, Any]:
@@ -630,7 +625,6 @@ def _root_of(model: nn.Module, recipe: Recipe) -> nn.Module:
     holder: nn.Module = model
     for part in reversed(recipe.path.split(".")):
         outer = nn.Module()
-        outer.training = model.training
         outer.add_module(part, holder)
         holder = outer
     return holder

@@ -213,6 +213,34 @@ def test_operations_have_their_names_in_any_order(lost: str | None, calls: list[
     assert set.union(*sites_of_runs(other)) == set(session.quantizers)
 
 
+class Looped(nn.Module):
+    """A module called in a loop, each call of which has a quantizer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, rounds: int) -> Tensor:
+        for _ in range(rounds):
+            x = torch.sigmoid(self.lin(x))
+        return x
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_calls_and_rounds_share_quantizers_from_the_first_on(first: int) -> None:
+    model = Looped()
+    network = Network(model, "", ("input",))
+    session = Instrumentation(model, QuantTarget.from_value("int8"))
+    for rounds in (1, 3):
+        network.record(session, (torch.ones(2, 4), rounds), {})
+    session.place()
+    other = Instrumentation(model, QuantTarget.from_value("int8"))
+    other.topology = Wiring.of(session, network).topology()
+    network.record(other, (torch.ones(2, 4), first), {})
+    other.place()
+    assert list(other.quantizers) == list(session.quantizers) == ["input", "lin.weight", "lin", "sigmoid"]
+
+
 def test_other_operations_get_names_that_are_not_taken() -> None:
     model = Alike()
     wiring = Wiring.of(recorded(model, [FIRST]), Network(model))
@@ -222,16 +250,6 @@ def test_other_operations_get_names_that_are_not_taken() -> None:
     known = [op.name for op in other.topology if op.name in wiring.after]
     assert known == ["lin", "relu", "mul"]
     assert [op.name for op in other.topology if op.name not in wiring.after] == ["mul.2", "tanh.1", "relu.2"]
-
-
-def test_joined_wirings_know_what_both_know() -> None:
-    model = Alike()
-    one, two = (Wiring.of(recorded(model, [call]), Network(model)) for call in (FIRST, SECOND))
-    both = one.joined(two)
-    assert both.after.keys() == both.at.keys() == one.after.keys() | two.after.keys()
-    assert both.at["tanh"] == one.at["tanh"] | two.at["tanh"]
-    assert both.after["tanh"] == {("",), ("mul",)}
-    assert both.quantizers is one.quantizers
 
 
 def test_what_is_made_outside_the_network_comes_from_nowhere() -> None:

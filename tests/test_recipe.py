@@ -85,7 +85,11 @@ def _after_remedies(model: nn.Module, batch: Any, tmp_path: Path) -> list[Tensor
 def test_after_remedies_and_trained_scales(tmp_path: Path) -> None:
     model, batch = zoo.make("mobilenet")[0], torch.randn(32, 3, 16, 16)
     accepted = _after_remedies(model, batch, tmp_path)
-    assert _equal(_outputs(apply_recipe(model, tmp_path / "recipe"), batch), accepted)
+    rebuilt = apply_recipe(model, tmp_path / "recipe")
+    assert _equal(_outputs(rebuilt, batch), accepted)
+    frozen = [item.name for item in rebuilt.session(NetworkCall((batch,), {})).quantizers.values() if item.frozen]
+    assert frozen
+    assert all(name.endswith(".weight") for name in frozen)
     files = sorted(path.name for path in (tmp_path / "recipe").iterdir())
     assert files == ["recipe.json", "tensors.safetensors"]
 
@@ -409,7 +413,7 @@ def test_quantizers_that_depend_on_paths_not_taken_are_told_and_never_left_out(t
         session.set_mode("quantize")
         accepted = [simulated(session, batch) for batch in (x, -x)]
         save_recipe(session, x, tmp_path / "recipe")
-        with pytest.raises(RecipeError, match=r"The quantizers of the operation 'a' are \['a.weight'\], the recipe"):
+        with pytest.raises(RecipeError, match=r"operation 'a' are \['a.weight', 'input'\], the recipe has"):
             save_recipe(session, -x, tmp_path / "other")
     assert not (tmp_path / "other").exists()
     rebuilt = apply_recipe(model, tmp_path / "recipe")
@@ -429,6 +433,107 @@ class _Two(nn.Module):
     def forward(self, x: Tensor, y: Tensor, flag: Tensor | None = None) -> Tensor:
         out = self.a(x) * torch.sigmoid(self.b(y))
         return out if flag is None else out * flag
+
+
+class _Ways(_Joins):
+    """The same with a branch that reaches neither of the two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) if x.sum() < -100 else super().forward(x)
+
+
+def test_a_quantizer_that_sits_elsewhere_is_told_at_the_call(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = _Ways(), torch.rand(3, 4)
+    model.head = nn.Linear(4, 2)
+    batches = (x, -x, -1000 * x)
+    with instrument(model, x) as session:
+        for batch in batches[1:]:
+            session.record(_passes(model)(batch), batch)
+        session.place()
+        session.calibrate(batches)
+        session.set_mode("quantize")
+        accepted = [simulated(session, batch) for batch in batches]
+        with pytest.raises(RecipeError, match=r"operation 'head' are \['head', 'head.weight'\], .*'input'\] there"):
+            save_recipe(session, x, tmp_path / "recipe")
+        save_recipe(session, batches[2], tmp_path / "recipe")
+    rebuilt = apply_recipe(model, tmp_path / "recipe")
+    for index in (2, 0, 1, 2):
+        assert _equal(_outputs(rebuilt, batches[index]), accepted[index])
+    rebuilt = apply_recipe(model, tmp_path / "recipe")
+    for _ in range(2):
+        assert _equal(_outputs(rebuilt, batches[2]), accepted[2])
+        with pytest.raises(
+            RecipeError, match=r"operation 'a' are \['a.weight', 'input'\], the recipe has .*'cat', 'inp"
+        ):
+            rebuilt(batches[1])
+
+
+class _Outside(nn.Module):
+    """What the step does ahead of it has a quantizer of the name that an operation inside could have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.lin(x)
+        return out + out.flip(0) if x[0, 0] < 0 else out
+
+
+def test_what_was_never_seen_runs_in_fp32_whatever_its_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = _Outside().eval(), torch.randn(8, 4)
+    x[0] = x[-1] = 0.5
+
+    def step(batch: Tensor) -> Any:
+        return lambda: model(batch + batch.flip(0))
+
+    session = Instrumentation(model, QuantTarget.from_value("int8"))
+    session.record(step(x), x, step=True)
+    # A step that never calls the network says nothing of what its calls reach.
+    session.record(lambda: None, None, step=True)
+    session.place()
+    with session.observing(), torch.no_grad():
+        session.run(step(x), step=True)
+    assert "add" in session.quantizers
+    network = Network(model, "", ("add",))
+    Recipe.of(session, network, NetworkCall((x + x.flip(0),), {})).save(tmp_path / "recipe")
+    rebuilt = apply_recipe(model, tmp_path / "recipe")
+    with torch.no_grad(), session.modes("quantize"):
+        for sign in (1, -1):
+            expected = session.run(step(sign * x), step=True)
+            on_grid = session.quantizers["input"](sign * x)
+            assert torch.equal(rebuilt(on_grid + on_grid.flip(0)), expected), sign
+    assert session.unseen == {"add": 1}
+
+
+class _Counts(nn.Module):
+    """Counts its calls in a buffer and draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.drawn = torch.rand(1)
+        return self.lin(x)
+
+
+def test_looking_at_a_model_counts_for_nothing(tmp_path: Path) -> None:
+    model, x = _Counts(), torch.randn(3, 4)
+    with instrument(model, x) as session:
+        session.calibrate([x])
+        save_recipe(session, x, tmp_path / "recipe")
+    assert model.calls.item() == 0
+    torch.manual_seed(7)
+    first = torch.rand(1)
+    torch.manual_seed(7)
+    apply_recipe(model, tmp_path / "recipe")(x)
+    assert model.calls.item() == 1
+    assert torch.equal(model.drawn, first)
 
 
 def test_arguments_have_their_quantizers_however_they_are_passed(tmp_path: Path) -> None:
@@ -539,7 +644,7 @@ class _Asks(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        assert not torch.allclose(x, x + 1)
+        assert x.get_device() < 0
         return self.lin(x)
 
 
@@ -550,6 +655,7 @@ def test_what_can_not_be_recorded_is_not_recorded_again_and_again(tmp_path: Path
         save_recipe(session, batch, tmp_path / "recipe")
     rebuilt = apply_recipe(model, tmp_path / "recipe")
     rebuilt(batch)
+    assert rebuilt.session(NetworkCall((batch,), {})).unseen == {"get_device": 1}
     rebuilt(batch)
     model.calls = 0
     rebuilt(batch)
@@ -789,6 +895,15 @@ def test_what_the_model_does_not_have_is_an_error_of_the_recipe(
         apply_recipe(model, other, quantizer=quantizer)(torch.randn(2, 4))
 
 
+def test_a_quantizer_too_many_is_told(made: tuple[nn.Module, Path]) -> None:
+    model, path = made
+    other = _rewritten(path, lambda c, t: c["wiring"]["operations"]["1"].update(quantizers=[]))
+    with pytest.raises(
+        RecipeError, match=r"The quantizers of the operation '1' are \['1'\], the recipe has \[\] there"
+    ):
+        apply_recipe(model, other)(torch.randn(2, 4))
+
+
 def test_models_that_run_nothing_or_something_else_are_refused(made: tuple[nn.Module, Path]) -> None:
     model, path = made
 
@@ -863,6 +978,8 @@ def test_an_example_has_structure_dtypes_and_ranges() -> None:
     assert call.kwargs["nested"][0][1:] == (3, "text", None)
     assert call.kwargs["nested"][1] == {"deep": 1.5}
     assert len(set(_example(torch.randn(99)).args[0].tolist())) > 90
+    alike = torch.full((1000,), 1.7, dtype=torch.float64)
+    assert torch.equal(_example(alike).args[0], alike)
 
 
 @pytest.mark.parametrize("value", [{1, 2}, object(), torch.float32, zoo.BertOutput(torch.ones(1), ())])
