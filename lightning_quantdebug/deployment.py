@@ -178,7 +178,7 @@ class Deployment:
                 return model[0](*call.args, **call.kwargs)
 
             return self.evaluator.run(_replacing(found.network, run_recipe))
-        run = run_of(export, found.calls[0])
+        run = run_of(export)
         assert run is not None
         return self.evaluator.run(_replacing(found.network, _as_network(run, found.calls[0].output)))
 

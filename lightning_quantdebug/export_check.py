@@ -27,6 +27,7 @@ from lightning_quantdebug.target import Kind, Mode
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 """Runs an exported file: takes the tensors of one call and gives those that come out."""
 
+
 NOISE = 1e-6
 """Relative change that stands for sums in another order: float32 has 24 bits, and sums of some hundred products lose a
 few of them."""
@@ -40,6 +41,25 @@ hundred that is off by one step. A wrong scale, bias or zero point moves most va
 
 RELATIVE = 1e-4
 """Root mean square, in units of the output's own, up to which an output without a grid passes."""
+
+
+def in_parts(run: Run, size: int | None) -> Run:
+    """What runs a file that was made for ``size`` samples on any number of them; ``None``: it takes any.
+
+    The last part is filled up with its last sample.
+    """
+    if size is None:
+        return run
+
+    def part_by_part(tensors: Sequence[Tensor]) -> list[Tensor]:
+        count = len(tensors[0])
+        results = []
+        for start in range(0, count, size):
+            rows = torch.arange(start, start + size, device=tensors[0].device).clamp(max=count - 1)
+            results.append([out[: count - start] for out in run([tensor[rows] for tensor in tensors])])
+        return [torch.cat(pieces) for pieces in zip(*results, strict=True)]
+
+    return part_by_part
 
 
 @dataclass(frozen=True, eq=False)

@@ -199,8 +199,7 @@ class Exporter:
 
         traced = to_pt2(self.exported, self._example, self.calls[1:])
         write_atomically(path, write_pt2(traced.program))
-        run = in_parts(load_pt2(path), None if traced.dynamic_batch else self._example)
-        found = self._compared(run, "torch.export")
+        found = self._compared(load_pt2(path), "torch.export")
         good = self._is_good(found)
         reasons = [*([] if good else ["it differs from the simulation"]), *([traced.note] if traced.note else [])]
         agreement = Agreement.VERIFIED if good else Agreement.UNVERIFIED
@@ -215,24 +214,7 @@ class Exporter:
         return is_within_floor(comparison, self.on_grid)
 
 
-def in_parts(run: Run, example: NetworkCall | None) -> Run:
-    """What runs a file with a fixed batch, that of ``example``, on any batch; ``None``: it takes any."""
-    if example is None:
-        return run
-    size = len(example.tensors[0])
-
-    def part_by_part(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        count = len(tensors[0])
-        results = []
-        for start in range(0, count, size):
-            rows = torch.arange(start, start + size, device=tensors[0].device).clamp(max=count - 1)
-            results.append([out[: count - start] for out in run([tensor[rows] for tensor in tensors])])
-        return [torch.cat(pieces) for pieces in zip(*results, strict=True)]
-
-    return part_by_part
-
-
-def run_of(export: Export, example: NetworkCall) -> Run | None:
+def run_of(export: Export) -> Run | None:
     """What runs an exported file as its user would, ``None`` for encodings, which no engine of ours takes."""
     if export.name == "onnx":
         from lightning_quantdebug.onnx_runtime import OnnxFile
@@ -241,8 +223,7 @@ def run_of(export: Export, example: NetworkCall) -> Run | None:
     if export.name == "pt2":
         from lightning_quantdebug.pt2_export import load_pt2
 
-        fixed = "fixes the batch" in export.reason
-        return in_parts(load_pt2(export.files[0]), example if fixed else None)
+        return load_pt2(export.files[0])
     return None
 
 

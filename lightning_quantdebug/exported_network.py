@@ -151,7 +151,6 @@ class ExportedNetwork(nn.Module):
         with self._borrowed():
             output = network.run(session, call.args, call.kwargs)
         self.output_names = _unique([name for name, _ in named_outputs(output)])
-        self.__dict__["example_output"] = output
         self.weights: list[StoredWeight] = []
         self.biases: list[str] = []
         self._indices: dict[int, tuple[int, int | None]] = {}
@@ -260,11 +259,6 @@ class Traced:
     program: ExportedProgram
     dynamic: tuple[tuple[int, ...], ...]
     note: str = ""
-
-    @property
-    def dynamic_batch(self) -> bool:
-        """Whether any number of samples may go in."""
-        return any(self.dynamic)
 
 
 def trace(exported: ExportedNetwork, call: NetworkCall, *, plain: bool, others: Sequence[NetworkCall] = ()) -> Traced:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_quantdebug.errors import ExportError
+from lightning_quantdebug.export_check import in_parts
 
 
 class Way(str, Enum):
@@ -58,17 +59,7 @@ class OnnxFile:
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Run it: tensors in, tensors out, in the order of the file; a file with a fixed batch runs part by part."""
-        fixed = _fixed_batch(self._inputs)
-        if fixed is None or all(len(tensor) == fixed for tensor in tensors if tensor.ndim):
-            return self._run(tensors)
-        parts = [self._run_part(tensors, start, fixed) for start in range(0, len(tensors[0]), fixed)]
-        return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
-
-    def _run_part(self, tensors: Sequence[Tensor], start: int, size: int) -> list[Tensor]:
-        """Run ``size`` samples; the last part is filled up with its last sample."""
-        rows = torch.arange(start, start + size).clamp(max=len(tensors[0]) - 1)
-        count = min(size, len(tensors[0]) - start)
-        return [result[:count] for result in self._run([tensor[rows.to(tensor.device)] for tensor in tensors])]
+        return in_parts(self._run, _fixed_batch(self._inputs))(tensors)
 
     def _run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """One run."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
+from lightning_quantdebug.export_check import Run, in_parts
 from lightning_quantdebug.exported_network import ExportedNetwork, Traced, autocast_off, pruned, trace
 from lightning_quantdebug.network import NetworkCall
 
@@ -45,12 +46,22 @@ def write_pt2(program: ExportedProgram) -> Callable[[IO[bytes]], object]:
     return lambda file: file.write(buffer.getbuffer())
 
 
-def load_pt2(path: str | Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-    """What runs a file: takes tensors and gives tensors, in order."""
-    module = torch.export.load(str(path)).module()
+def load_pt2(path: str | Path) -> Run:
+    """What runs a file: takes tensors and gives tensors, in order; a file with a fixed batch runs part by part."""
+    program = torch.export.load(str(path))
+    module = program.module()
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
         with torch.no_grad(), autocast_off():
             return list(module(*(tensor.cpu() for tensor in tensors)))
 
-    return run
+    return in_parts(run, _fixed_batch(program))
+
+
+def _fixed_batch(program: ExportedProgram) -> int | None:
+    """The number of samples that a program was made for, ``None`` if its sizes may vary."""
+    users = program.graph_signature.user_inputs
+    shapes = [node.meta["val"].shape for node in program.graph.nodes if node.name in users]
+    if any(isinstance(size, torch.SymInt) for shape in shapes for size in shape):
+        return None
+    return int(shapes[0][0])
