@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_quantdebug.evaluation import Evaluation
 from lightning_quantdebug.instrument import Instrumentation
-from lightning_quantdebug.plausibility import chance_warning, direction_warning, not_run, output_width
+from lightning_quantdebug.plausibility import chance_warning, direction_warning, output_width
 from lightning_quantdebug.settings import make_settings
 from lightning_quantdebug.target import QuantTarget
 from tests.walks import Classifier, walk
@@ -103,10 +103,3 @@ def test_the_wrong_direction_is_told(mode: str, higher: bool | None, right: str 
             f"mode='{mode}' contradicts the metric behind 'val_acc', whose `higher_is_better`"
         )
         assert f"is {higher}: pass mode='{right}'" in warnings[0]
-
-
-def test_what_is_asked_for_and_not_there_is_told() -> None:
-    assert not_run(make_settings(monitor="a")) == []
-    assert not_run(make_settings(monitor="a", export=["onnx"], remedies=["cle", "bit_width"])) == [
-        "`export=['onnx']` is not run: this version does not have it yet.",
-    ]

