@@ -16,11 +16,12 @@ import torch
 
 from lightning_quantdebug.errors import EvaluationError, ExportError, RecipeError, ReportError
 from lightning_quantdebug.evaluation import Evaluation, Evaluator
-from lightning_quantdebug.export_check import Run, difference
-from lightning_quantdebug.export_files import Exporter, run_of, writers
+from lightning_quantdebug.export_check import Run, difference, samples_in
+from lightning_quantdebug.export_files import Exporter, agreement_of, joined, run_of, writers
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.lightning_compat import kept
 from lightning_quantdebug.network import Network, NetworkCall, output_tensors, with_output_tensors
+from lightning_quantdebug.network_outputs import network_outputs
 from lightning_quantdebug.network_search import Found, find_network
 from lightning_quantdebug.paired_loss import loss_interval
 from lightning_quantdebug.rank_agreement import gather
@@ -67,7 +68,7 @@ class Deployment:
 
     def run(self, report: Report) -> Report:
         """The report with what was exported."""
-        names = ["recipe", *(name for name in self.settings.export)]
+        names = ["recipe", *self.settings.export]
         try:
             found = find_network(self.session, self.evaluator)
         except ExportError as error:
@@ -119,12 +120,13 @@ class Deployment:
                 export = self._recipe(found, report)
             else:
                 if self._exporter is None:
-                    self._exporter = Exporter(self.session, found.network, found.calls, _class_axis(self.session))
+                    axes = (output.class_axis for output in network_outputs(self.session))
+                    axis = next((axis for axis in axes if axis is not None), None)
+                    self._exporter = Exporter(self.session, found.network, found.calls, axis)
                 export = writers(self._exporter, self.directory / "export")[name]()
         except _REFUSALS as error:
             return Export(name, Agreement.NOT_WRITTEN, str(error))
-        notes = [*([export.reason] if export.reason else []), *_notes(found)]
-        return replace(export, reason="; ".join(notes))
+        return replace(export, reason=joined(export.reason, *_notes(found)))
 
     def _recipe(self, found: Found, report: Report) -> Export:
         """Write the recipe, read it again, put it on the model and compare bit for bit."""
@@ -141,13 +143,10 @@ class Deployment:
             outputs = [output_tensors(model(*c.args, **c.kwargs)) for c in (call.copied() for call in found.calls)]
         reference = [[tensor.cpu() for tensor in call.results] for call in found.calls]
         largest, rms = difference(reference, outputs, [None] * len(reference[0]))
-        samples = sum(len(batch[0]) if batch[0].ndim else 1 for batch in reference)
-        comparison = Comparison("apply_recipe", samples, largest, rms, 0.0, 0.0, 1.0 if largest == 0.0 else 0.0)
         good = largest == 0.0
+        comparison = Comparison("apply_recipe", samples_in(reference), largest, rms, 0.0, 0.0, float(good))
         reason = "" if good else "rebuilt from the recipe, the model computes something else"
-        return Export(
-            "recipe", Agreement.VERIFIED if good else Agreement.UNVERIFIED, reason, (str(path),), (comparison,)
-        )
+        return Export("recipe", agreement_of(good), reason, (str(path),), (comparison,))
 
     # The user's score.
 
@@ -231,12 +230,6 @@ def _as_network(run: Run, like: Any) -> Callable[[NetworkCall], Any]:
     return call
 
 
-def _class_axis(session: Instrumentation) -> int | None:
-    """Axis of the classes of what the network returns."""
-    outputs = [value for operation in session.topology.output_operations() for value in operation.outputs]
-    return next((value.class_axis for value in outputs if value.class_axis is not None), None)
-
-
 def _notes(found: Found) -> list[str]:
     """What a reader must know of the network."""
     notes = []
@@ -250,7 +243,7 @@ def _notes(found: Found) -> list[str]:
 
 def _with_reason(export: Export, reason: str) -> Export:
     """The export with one more reason."""
-    return replace(export, reason="; ".join(part for part in (reason, export.reason) if part))
+    return replace(export, reason=joined(reason, export.reason))
 
 
 def _unverified(export: Export, reason: str) -> Export:

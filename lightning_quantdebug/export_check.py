@@ -9,7 +9,7 @@ and what that does to its outputs is the *floor* that a file's differences are c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from lightning_quantdebug.fake_quantize import fake_quantize
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.interception import OpKey
 from lightning_quantdebug.layers import Call, Tap
-from lightning_quantdebug.model_loan import eval_mode, undisturbed
+from lightning_quantdebug.model_loan import lent
 from lightning_quantdebug.network import Network, NetworkCall, output_tensors
 from lightning_quantdebug.report import Comparison
 from lightning_quantdebug.target import Kind, Mode
@@ -92,13 +92,8 @@ class Simulation:
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Eval mode, full precision, and everything given back."""
-        root = self.network.root
         device = self.calls[0].tensors[0].device.type
-        with ExitStack() as stack:
-            for manager in (eval_mode(root), undisturbed(root), torch.inference_mode(False), torch.no_grad()):
-                stack.enter_context(manager)
-            stack.enter_context(full_precision())
-            stack.enter_context(torch.autocast(device, enabled=False))
+        with lent(self.network.root), full_precision(), torch.autocast(device, enabled=False):
             yield
 
     def _taps(self, noise: torch.Generator | None) -> dict[OpKey, Tap]:
@@ -151,9 +146,13 @@ def compare(simulation: Simulation, run: Run, runtime: str, floor: tuple[float, 
     found = [run([tensor.detach().clone() for tensor in call.tensors]) for call in simulation.calls]
     largest, rms = difference(reference, found, units)
     floor_largest, floor_rms = simulation.floor(reference, units) if floor is None else floor
-    samples = sum(len(batch[0]) if batch[0].ndim else 1 for batch in reference)
     equal = equal_predictions([b[0] for b in reference], [b[0] for b in found], simulation.class_axis)
-    return Comparison(runtime, samples, largest, rms, floor_largest, floor_rms, equal)
+    return Comparison(runtime, samples_in(reference), largest, rms, floor_largest, floor_rms, equal)
+
+
+def samples_in(batches: Sequence[Sequence[Tensor]]) -> int:
+    """The number of samples behind the first output of some batches."""
+    return sum(len(batch[0]) if batch[0].ndim else 1 for batch in batches)
 
 
 def difference(

@@ -69,15 +69,16 @@ class Exporter:
         return Simulation(self.session, self.network, self.calls, self.class_axis)
 
     @cached_property
+    def _yardstick(self) -> tuple[tuple[float, float], bool]:
+        """What sums in another order do to the simulation, and whether everything that comes out lies on a grid."""
+        reference = self.simulation.outputs()
+        units = self.simulation.units(reference)
+        return self.simulation.floor(reference, units), None not in units
+
+    @property
     def _floor(self) -> tuple[float, float]:
         """What sums in another order do to the simulation."""
-        reference = self.simulation.outputs()
-        return self.simulation.floor(reference, self.simulation.units(reference))
-
-    @cached_property
-    def on_grid(self) -> bool:
-        """Whether everything that comes out lies on a grid."""
-        return None not in self.simulation.units(self.simulation.outputs())
+        return self._yardstick[0]
 
     # ONNX.
 
@@ -96,14 +97,13 @@ class Exporter:
         write_atomically(path, lambda file: file.write(content))
         with self._integer_biases():
             found = [self._compared(OnnxFile(path, way), way.value) for way in (Way.PLAIN, Way.USUAL)]
-            reasons = [network.traced.note] if network.traced.note else []
+            reason = network.traced.note
             good = [self._is_good(comparison) for comparison in found]
             if not all(good):
                 precise = self._precise(path)
-                reasons.insert(0, self._why(good, precise))
+                reason = joined(self._why(good, precise), reason)
                 found += [precise] if precise is not None else []
-        agreement = Agreement.VERIFIED if all(good) else Agreement.UNVERIFIED
-        return Export("onnx", agreement, "; ".join(reasons), (str(path),), tuple(found))
+        return Export("onnx", agreement_of(all(good)), reason, (str(path),), tuple(found))
 
     def _precise(self, path: Path) -> Comparison | None:
         """The file without the saturation of some CPUs; ``None`` where ONNX Runtime can not run it so."""
@@ -182,9 +182,8 @@ class Exporter:
         with self._integer_biases(), self.session.modes(Mode.QUANTIZE, kind=Kind.WEIGHT):
             found = compare(self.simulation, OnnxFile(model, Way.PLAIN), f"{Way.PLAIN.value}, float activations")
         good = is_within_floor(found, on_grid=False)
-        agreement = Agreement.VERIFIED if good else Agreement.UNVERIFIED
         reason = "" if good else "the float model is not the simulation with float activations"
-        return Export("encodings", agreement, reason, tuple(map(str, files)), (found,))
+        return Export("encodings", agreement_of(good), reason, tuple(map(str, files)), (found,))
 
     # torch.export.
 
@@ -201,9 +200,8 @@ class Exporter:
         write_atomically(path, write_pt2(traced.program))
         found = self._compared(load_pt2(path), "torch.export")
         good = self._is_good(found)
-        reasons = [*([] if good else ["it differs from the simulation"]), *([traced.note] if traced.note else [])]
-        agreement = Agreement.VERIFIED if good else Agreement.UNVERIFIED
-        return Export("pt2", agreement, "; ".join(reasons), (str(path),), (found,))
+        reason = joined("" if good else "it differs from the simulation", traced.note)
+        return Export("pt2", agreement_of(good), reason, (str(path),), (found,))
 
     def _compared(self, run: Run, runtime: str) -> Comparison:
         """A file beside the simulation."""
@@ -211,7 +209,17 @@ class Exporter:
 
     def _is_good(self, comparison: Comparison) -> bool:
         """Whether a comparison proves agreement."""
-        return is_within_floor(comparison, self.on_grid)
+        return is_within_floor(comparison, on_grid=self._yardstick[1])
+
+
+def agreement_of(good: bool) -> Agreement:
+    """What a comparison has shown of a file that was written."""
+    return Agreement.VERIFIED if good else Agreement.UNVERIFIED
+
+
+def joined(*reasons: str) -> str:
+    """Reasons in one line, without those that say nothing."""
+    return "; ".join(reason for reason in reasons if reason)
 
 
 def run_of(export: Export) -> Run | None:

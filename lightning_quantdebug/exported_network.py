@@ -12,7 +12,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from lightning_quantdebug.encoding import Encoding
 from lightning_quantdebug.errors import ExportError
 from lightning_quantdebug.export_operators import DEQUANTIZE, FAKE_QUANTIZE, dequantized, fake_quantized, integers_of
 from lightning_quantdebug.instrumentation import Instrumentation
-from lightning_quantdebug.model_loan import eval_mode, undisturbed
+from lightning_quantdebug.model_loan import lent
 from lightning_quantdebug.network import Network, NetworkCall, named_outputs
 from lightning_quantdebug.operations import argument, operation_name, put_argument, value_at, with_argument
 from lightning_quantdebug.quantizer import Quantizer
@@ -202,13 +202,9 @@ class ExportedNetwork(nn.Module):
     @contextmanager
     def _borrowed(self) -> Iterator[None]:
         """The network in eval mode with our runner around it; it is given back as it was."""
-        session, root = self.__dict__["session"], self.network.root
-        device = next(iter(self.__dict__["call"].tensors)).device.type
-        with ExitStack() as stack:
-            for manager in (eval_mode(root), undisturbed(root), session.watched_by(self._runner)):
-                stack.enter_context(manager)
-            for mode in (torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False)):
-                stack.enter_context(mode)
+        session: Instrumentation = self.__dict__["session"]
+        device = self.__dict__["call"].tensors[0].device.type
+        with lent(self.network.root), session.watched_by(self._runner), torch.autocast(device, enabled=False):
             yield
 
     @contextmanager

@@ -13,7 +13,14 @@ from torch import nn
 from lightning_quantdebug.errors import CaptureError, SettingsError
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.layers import Runs, Visit
-from lightning_quantdebug.model_loan import BorrowedForward, call_with, eval_mode, forward_replaced, undisturbed
+from lightning_quantdebug.model_loan import (
+    BorrowedForward,
+    call_with,
+    eval_mode,
+    forward_replaced,
+    lent,
+    undisturbed,
+)
 from lightning_quantdebug.target import QuantTarget
 
 __all__ = ["Instrumentation", "batch_runs", "instrument"]
@@ -83,7 +90,7 @@ def batch_runs(session: Instrumentation, batches: Iterable[Any]) -> Runs:
     kept = list(batches)
 
     def runs(visit: Visit, most: int | None = None) -> None:
-        with eval_mode(session.root), undisturbed(session.root), torch.inference_mode(False), torch.no_grad():
+        with lent(session.root):
             for index, batch in enumerate(kept[:most]):
                 visit(functools.partial(call_with, session.root, batch), index)
 

@@ -57,6 +57,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 buffer.detach().copy_(values)
 
 
+@contextmanager
+def lent(model: nn.Module) -> Iterator[None]:
+    """A model for runs of ours that leave no trace: in eval mode, without gradients, with tensors that can be kept."""
+    with eval_mode(model), undisturbed(model), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class BorrowedForward:
     """The ``forward`` of an instrumented module: the original one, run with the quantizers.
 

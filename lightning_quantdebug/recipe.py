@@ -33,7 +33,7 @@ from lightning_quantdebug.encoding import Encoding
 from lightning_quantdebug.errors import CaptureError, RecipeError, SettingsError
 from lightning_quantdebug.instrumentation import Instrumentation
 from lightning_quantdebug.interception import clean_path
-from lightning_quantdebug.model_loan import eval_mode, undisturbed
+from lightning_quantdebug.model_loan import eval_mode, lent
 from lightning_quantdebug.network import Network, NetworkCall, Wiring, argument_names, sites_at, sites_of_runs
 from lightning_quantdebug.quantizer import load_custom_quantizer
 from lightning_quantdebug.recorder import input_names
@@ -498,13 +498,7 @@ class QuantizedModel(nn.Module):
         if not recipe.inputs.keys() & set(names):
             # A forward whose arguments are called otherwise: their order is all that is left.
             inputs = self.network.inputs
-        with (
-            eval_mode(self.model),
-            undisturbed(self.model),
-            torch.inference_mode(False),
-            torch.no_grad(),
-            _own_errors(),
-        ):
+        with lent(self.model), _own_errors():
             replace(self.network, inputs=inputs).record(session, call.args, call.kwargs)
             session.place()
             missing = [name for name in recipe.reached if name not in session.quantizers]
@@ -590,7 +584,7 @@ def _recorded(session: Instrumentation, network: Network, call: NetworkCall, wir
     root = network.root
     own = Instrumentation(root, session.target, module=session.scope or None, exclude=session.exclude)
     own.topology = wiring.topology()
-    with eval_mode(root), undisturbed(root), torch.inference_mode(False), torch.no_grad():
+    with lent(root):
         network.record(own, call.args, call.kwargs)
     own.place()
     return own
