@@ -102,11 +102,11 @@ class Deployment:
         made: list[Export] = []
 
         def around(call: Callable[[], Any], batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
-            result = call()
+            # Before the step, which may write to buffers: the files must fit the checkpoint.
             if not made and self.is_global_zero:
                 with self.session.modes(Mode.QUANTIZE):
                     made.append(self._made(name, found, report))
-            return result
+            return call()
 
         self.evaluator.run_unchecked(around, limit=1)
         first = gather(made[0] if made else None)[0]
@@ -169,12 +169,11 @@ class Deployment:
     def _evaluated(self, export: Export, found: Found) -> Evaluation:
         """One pass of validation with the file."""
         if export.name == "recipe":
-            model: list[QuantizedModel] = []
+            # Before the pass: its steps may write to buffers, and the recipe would refuse other values.
+            model = QuantizedModel(self.session.root, Recipe.load(export.files[0]))
 
             def run_recipe(call: NetworkCall) -> Any:
-                if not model:
-                    model.append(QuantizedModel(self.session.root, Recipe.load(export.files[0])))
-                return model[0](*call.args, **call.kwargs)
+                return model(*call.args, **call.kwargs)
 
             return self.evaluator.run(_replacing(found.network, run_recipe))
         run = run_of(export)

@@ -52,7 +52,10 @@ def in_parts(run: Run, size: int | None) -> Run:
         return run
 
     def part_by_part(tensors: Sequence[Tensor]) -> list[Tensor]:
-        count = len(tensors[0])
+        count = len(tensors[0]) if tensors[0].ndim else 0
+        if any(tensor.shape[:1] != (count,) for tensor in tensors):
+            # Offsets, lengths and the like do not belong to samples: such a call is run as it is, or refused.
+            return run(tensors)
         results = []
         for start in range(0, count, size):
             rows = torch.arange(start, start + size, device=tensors[0].device).clamp(max=count - 1)

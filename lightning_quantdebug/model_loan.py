@@ -54,7 +54,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for owner, name, buffer, values in kept:
             owner[name] = buffer
             if not buffer.is_inference() and not torch.equal(buffer, values):
-                buffer.detach().copy_(values)
+                if buffer.shape != values.shape:
+                    # Observers of torch.ao size their buffers in forward.
+                    buffer.data = values
+                else:
+                    buffer.detach().copy_(values)
 
 
 @contextmanager

@@ -101,12 +101,12 @@ _CATEGORIES: dict[Category, str] = {
     ),
     Category.RANDOM: (
         "rand randn rand_like randn_like randint randint_like randperm normal bernoulli multinomial uniform "
-        "normal_ uniform_ bernoulli_ exponential_ log_normal_ cauchy_ geometric_ random_ poisson"
+        "normal_ uniform_ bernoulli_ exponential_ log_normal_ cauchy_ geometric_ random_ poisson kaiming_uniform"
     ),
     Category.CREATION: (
         "zeros ones full empty arange linspace logspace eye tensor zeros_like ones_like full_like empty_like "
         "new_zeros new_ones new_full new_empty new_tensor scalar_tensor tril triu tril_indices triu_indices "
-        "meshgrid cartesian_prod one_hot empty_strided new_empty_strided"
+        "meshgrid cartesian_prod one_hot empty_strided new_empty_strided constant"
     ),
     Category.NOT_ARITHMETIC: (
         "argmax argmin argsort eq ne lt le gt ge equal allclose isclose isnan isinf isfinite any all "
@@ -116,10 +116,13 @@ _CATEGORIES: dict[Category, str] = {
         "bucketize set_grad_enabled float_power_ is_complex is_same_size is_nonzero contains dim_order sign "
         "floor ceil round trunc floor_divide remainder fmod index_is_int retain_grad register_hook backward "
         "has_names iter repr format hash dir reduce_ex deepcopy count_nonzero cdist norm vector_norm cumsum "
-        "zero_ fill_"
+        "zero_ fill_ has_compatible_shallow_copy_type"
     ),
 }
 CATEGORY_OF: dict[str, Category] = {name: kind for kind, names in _CATEGORIES.items() for name in names.split()}
+
+# What gives memory as it was found: its values mean nothing.
+UNINITIALIZED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 
 # What puts no new real numbers on a grid, so that nothing is lost where it has no quantizer.
 NO_ARITHMETIC = (

@@ -31,6 +31,7 @@ from lightning_quantdebug.interception import Frame, Interception, OpKey, call_s
 from lightning_quantdebug.layers import Call, Tap
 from lightning_quantdebug.operations import (
     NO_ARITHMETIC,
+    UNINITIALIZED,
     Category,
     Slot,
     argument,
@@ -226,7 +227,7 @@ class Runner(Interception):
             self._count_unseen(func, frame, args, kwargs)
             return func(*args, **(kwargs or {}))
         result = self._outcome(planned, (frame.path, frame.call, func, site, occurrence), args, kwargs or {})
-        if self.trace is not None:
+        if self.trace is not None and operation_name(func) not in UNINITIALIZED:
             self.trace(planned.name, result)
         return result
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
+from lightning_quantdebug.fake_quantize import is_transformed
 from lightning_quantdebug.interception import clean_path
 from lightning_quantdebug.operations import tensors_in
 from lightning_quantdebug.recorder import plain_containers
@@ -129,7 +130,8 @@ def _size(tensor: Tensor) -> tuple[float, float]:
 def tensors_of(output: Any) -> Iterator[Tensor]:
     """The tensors of an output that hold real numbers."""
     for _, tensor in tensors_in((plain_containers(output),), {}):
-        if tensor.is_floating_point() and tensor.layout is torch.strided:
+        # Tensors inside `torch.func` have no memory of their own, and none of their values outside it.
+        if tensor.is_floating_point() and tensor.layout is torch.strided and not is_transformed(tensor):
             yield tensor
 
 
