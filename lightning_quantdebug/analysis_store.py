@@ -26,6 +26,8 @@ from lightning_quantdebug.report import write_atomically
 from lightning_quantdebug.settings import Settings
 
 VERSION = 1
+# Values that are hashed at once.
+_PIECE = 2**20
 # Settings that change what is measured; the others say how much of it, how long, or where it is written.
 _MEASURED_BY = ("monitor", "mode", "target", "module", "exclude", "limit_batches")
 
@@ -62,7 +64,18 @@ def _hash(digest: Any, name: str, tensor: Tensor) -> None:
     if is_lazy(tensor):
         return
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    hash_bytes(digest, tensor)
+
+
+def hash_bytes(digest: Any, tensor: Tensor) -> None:
+    """Add the bytes of a tensor, of which a small copy at a time is made.
+
+    ``numpy()`` of the tensor itself would leave it with memory that can not be resized any more, as the observers of
+    ``torch.ao`` do with their buffers.
+    """
+    flat = tensor.detach().contiguous().reshape(-1)
+    for piece in torch.split(flat, _PIECE) if tensor.numel() else ():
+        digest.update(piece.cpu().clone().view(torch.uint8).numpy().data)
 
 
 def _hash_adjustment(digest: Any, adjustment: Adjustment) -> None:

@@ -6,6 +6,7 @@ operator pair where a quantizer sits. :mod:`lightning_quantdebug.onnx_graph` the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,8 +88,7 @@ def to_onnx(exported: ExportedNetwork, call: NetworkCall, others: Sequence[Netwo
                 verbose=False,
             )
     except (torch.onnx.OnnxExporterError, RuntimeError, ValueError, TypeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise ExportError(f"torch.onnx can not write the network: {type(error).__name__}: {first}") from error
+        raise ExportError(f"torch.onnx can not write the network: {_cause_of(error)}") from error
     assert program is not None
     model: ir.Model = program.model
     graph = model.graph
@@ -115,6 +115,17 @@ def to_onnx(exported: ExportedNetwork, call: NetworkCall, others: Sequence[Netwo
     model.producer_name = "lightning-quantdebug"
     model.graph.name = type(exported.network.module).__name__
     return OnnxNetwork(model, traced, tensors, weights, biases, tuple(too_large))
+
+
+def _cause_of(error: BaseException) -> str:
+    """What torch's exporter stumbled over, in one line: the operation, and the first of its chained errors."""
+    chain = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
+        chain.append(inner)
+    operation = re.search(r"target=([\w.]+)", " ".join(str(link) for link in chain))
+    lines = str(chain[-1]).strip().splitlines()
+    words = f"{type(chain[-1]).__name__}: {lines[0]}" if lines else type(chain[-1]).__name__
+    return words if operation is None else f"{operation[1].removeprefix('torch.ops.')}: {words}"
 
 
 def to_proto(model: ir.Model) -> Any:

@@ -48,12 +48,15 @@ def write_pt2(program: ExportedProgram) -> Callable[[IO[bytes]], object]:
 
 def load_pt2(path: str | Path) -> Run:
     """What runs a file: takes tensors and gives tensors, in order; a file with a fixed batch runs part by part."""
-    program = torch.export.load(str(path))
-    module = program.module()
+    # The tensors of a program that is loaded in inference mode could not be written to, as some networks do.
+    with torch.inference_mode(False):
+        program = torch.export.load(str(path))
+        module = program.module()
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-        with torch.no_grad(), autocast_off():
-            return list(module(*(tensor.cpu() for tensor in tensors)))
+        # Copies, as the network may write to its inputs and buffers, which tensors of inference mode forbid.
+        with torch.inference_mode(False), torch.no_grad(), autocast_off():
+            return list(module(*(tensor.cpu().clone() for tensor in tensors)))
 
     return in_parts(run, _fixed_batch(program))
 

@@ -29,6 +29,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from lightning_quantdebug.adjustment import Adjustment
+from lightning_quantdebug.analysis_store import hash_bytes
 from lightning_quantdebug.encoding import Encoding
 from lightning_quantdebug.errors import CaptureError, RecipeError, SettingsError
 from lightning_quantdebug.instrumentation import Instrumentation
@@ -568,9 +569,10 @@ def fingerprints(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, 
 
 def _fingerprint(tensor: Tensor) -> dict[str, Any]:
     """Shape, dtype and SHA-256 of one tensor."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    digest = hashlib.sha256(flat.view(torch.uint8).numpy().data if flat.numel() else b"").hexdigest()
-    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "sha256": digest}
+    digest = hashlib.sha256()
+    hash_bytes(digest, tensor)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"shape": list(tensor.shape), "dtype": dtype, "sha256": digest.hexdigest()}
 
 
 def _named(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
