@@ -121,8 +121,20 @@ _CATEGORIES: dict[Category, str] = {
 }
 CATEGORY_OF: dict[str, Category] = {name: kind for kind, names in _CATEGORIES.items() for name in names.split()}
 
+# What puts values on a grid although none of our quantizers is there.
+QUANTIZING = {
+    "fake_quantize_per_tensor_affine",
+    "fake_quantize_per_channel_affine",
+    "fused_moving_avg_obs_fake_quant",
+    "quantize_per_tensor",
+    "quantize_per_channel",
+    "quantize_per_tensor_dynamic",
+    "linear_dynamic",
+    "linear_dynamic_fp16",
+}
+
 # What gives memory as it was found: its values mean nothing.
-UNINITIALIZED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
+UNINITIALIZED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 # What puts no new real numbers on a grid, so that nothing is lost where it has no quantizer.
 NO_ARITHMETIC = (

@@ -1,4 +1,4 @@
-"""Warnings about a walk whose score would mislead, and about settings that this version can not follow yet."""
+"""Warnings about a walk whose score would mislead, and about packages that are missing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from lightning_quantdebug.evaluation import Evaluation
 from lightning_quantdebug.instrument import Instrumentation
+from lightning_quantdebug.operations import QUANTIZING, operation_name
 from lightning_quantdebug.report import Cause, Finding, Report, Step
 from lightning_quantdebug.settings import Direction, Settings
 from lightning_quantdebug.statistics import samples_to_resolve
@@ -98,7 +99,19 @@ def not_simulated(session: Instrumentation, own_quantizers: Sequence[str]) -> li
             Finding(Cause.NOT_QUANTIZED, f"the operations inside {path} can not be seen, so they run in FP32", path)
             for path in session.topology.opaque_modules
         ),
+        *_already_quantized(session, own_quantizers),
     ]
+
+
+def _already_quantized(session: Instrumentation, own_quantizers: Sequence[str]) -> list[Finding]:
+    """A finding on operations that quantize by themselves and can not be bypassed."""
+    found = [operation for operation in session.topology if operation_name(operation.key.func) in QUANTIZING]
+    paths = [path for path in dict.fromkeys(o.key.path for o in found) if path not in own_quantizers]
+    evidence = (
+        f"the model quantizes by itself inside {paths[:5]}, in what is called FP32 here too: the FP32 score already "
+        "pays for that, and its grid and ours add up"
+    )
+    return [Finding(Cause.ALREADY_QUANTIZED, evidence, paths[0])] if paths else []
 
 
 def non_finite(session: Instrumentation) -> list[Finding]:

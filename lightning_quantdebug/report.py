@@ -94,6 +94,10 @@ class Cause(_Advised):
     SATURATED_ACTIVATION = "saturated_activation", "Reduce the scale ahead of the saturating activation."
     SKEWED_TAIL = "skewed_activation_tail", "Use an asymmetric grid or a clipped range."
     NOT_QUANTIZED = "not_quantized", "Move the operation into a module, or accept that it stays in FP32."
+    ALREADY_QUANTIZED = (
+        "already_quantized",
+        "Diagnose the float model, or give the module `enabled` and `bit_width`, so that it can be bypassed.",
+    )
     TOO_FEW_SAMPLES = "too_few_samples", "Validate on more samples."
     CHANGED_FUNCTION = "changed_function", "Nothing to do: the remedy was undone, the other remedies are tried."
     NOT_EXPORTABLE = "not_exportable", "Change the named line, or run the recipe in Python."
