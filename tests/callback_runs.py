@@ -84,7 +84,8 @@ def weights(module: nn.Module) -> str:
     """A hash of parameters and buffers, also of those that are not saved."""
     digest = hashlib.sha256()
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        digest.update(name.encode() + tensor.numpy(force=True).tobytes())
+        plain = tensor.double() if tensor.dtype is torch.bfloat16 else tensor
+        digest.update(name.encode() + plain.numpy(force=True).tobytes())
     return digest.hexdigest()
 
 
