@@ -54,9 +54,8 @@ def load_pt2(path: str | Path) -> Run:
         module = program.module()
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-        # Copies, as the network may write to its inputs and buffers, which tensors of inference mode forbid.
-        with torch.inference_mode(False), torch.no_grad(), autocast_off():
-            return list(module(*(tensor.cpu().clone() for tensor in tensors)))
+        with torch.no_grad(), autocast_off():
+            return list(module(*(tensor.cpu() for tensor in tensors)))
 
     return in_parts(run, _fixed_batch(program))
 
