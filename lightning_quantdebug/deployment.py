@@ -169,11 +169,13 @@ class Deployment:
     def _evaluated(self, export: Export, found: Found) -> Evaluation:
         """One pass of validation with the file."""
         if export.name == "recipe":
-            # Before the pass: its steps may write to buffers, and the recipe would refuse other values.
-            model = QuantizedModel(self.session.root, Recipe.load(export.files[0]))
+            model: list[QuantizedModel] = []
 
             def run_recipe(call: NetworkCall) -> Any:
-                return model(*call.args, **call.kwargs)
+                # Inside the pass, where averaged weights are in the model, if those were judged.
+                if not model:
+                    model.append(QuantizedModel(self.session.root, Recipe.load(export.files[0])))
+                return model[0](*call.args, **call.kwargs)
 
             return self.evaluator.run(_replacing(found.network, run_recipe))
         run = run_of(export)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
 from lightning_quantdebug import Report, apply_recipe
@@ -81,6 +82,19 @@ def test_the_recipe_is_always_written_and_nothing_else(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "export").exists()
     origin = json.loads((tmp_path / "out" / "recipe" / "recipe.json").read_text())["origin"]
     assert origin["score"] == report.final.score
+
+
+@pytest.mark.parametrize("qat_epochs", [0, 2])
+def test_files_of_averaged_weights_are_scored_with_the_average(tmp_path: Path, qat_epochs: int) -> None:
+    callback = debugger(tolerance=1.0, export=("pt2",), qat_epochs=qat_epochs)
+    averaging = EMAWeightAveraging(decay=0.9)
+    running = trainer(tmp_path, callbacks=[callback, averaging], max_epochs=2)
+    running.fit(simple_class()(), loader(), loader(31, 1))
+    exports = _exports(callback.report)
+    assert {name: export.agreement for name, export in exports.items()} == dict.fromkeys(
+        ("recipe", "pt2"), Agreement.VERIFIED
+    )
+    assert all(export.score == export.simulated_score for export in exports.values())
 
 
 def test_what_qat_has_trained_is_exported(tmp_path: Path) -> None:
