@@ -75,7 +75,7 @@ def hash_bytes(digest: Any, tensor: Tensor) -> None:
     """
     flat = tensor.detach().contiguous().reshape(-1)
     for piece in torch.split(flat, _PIECE) if tensor.numel() else ():
-        digest.update(piece.cpu().clone().view(torch.uint8).numpy().data)
+        digest.update(piece.to("cpu", copy=True).view(torch.uint8).numpy().data)
 
 
 def _hash_adjustment(digest: Any, adjustment: Adjustment) -> None:

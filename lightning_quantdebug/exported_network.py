@@ -390,16 +390,22 @@ def _explained(error: BaseException) -> str:
 
 def _user_line(error: BaseException | None) -> str | None:
     """File, line and code of the innermost frame that is neither torch's nor ours."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        frames = traceback.extract_tb(error.__traceback__)
+    for link in chained(error):
+        frames = traceback.extract_tb(link.__traceback__)
         theirs = [frame for frame in frames if not frame.filename.startswith((_PACKAGE, _TORCH, _STANDARD, "<"))]
         inside = [frame for frame in theirs if _is_inside(frames, frame)]
         if inside:
             return f"{inside[-1].filename}:{inside[-1].lineno} ({(inside[-1].line or '').strip()})"
-        error = error.__cause__ or error.__context__
     return None
+
+
+def chained(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, then those that it was raised from, back to the first."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _is_inside(frames: traceback.StackSummary, frame: traceback.FrameSummary) -> bool:

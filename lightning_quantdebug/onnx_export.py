@@ -18,7 +18,7 @@ from onnxscript.optimizer import fold_constants_ir, remove_unused_nodes
 from onnxscript.rewriter import rewrite
 
 from lightning_quantdebug.errors import ExportError
-from lightning_quantdebug.exported_network import ExportedNetwork, StoredWeight, Traced, quiet, trace
+from lightning_quantdebug.exported_network import ExportedNetwork, StoredWeight, Traced, chained, quiet, trace
 from lightning_quantdebug.network import NetworkCall, argument_names
 from lightning_quantdebug.onnx_graph import (
     StoredBias,
@@ -119,9 +119,7 @@ def to_onnx(exported: ExportedNetwork, call: NetworkCall, others: Sequence[Netwo
 
 def _cause_of(error: BaseException) -> str:
     """What torch's exporter stumbled over, in one line: the operation, and the first of its chained errors."""
-    chain = [error]
-    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
-        chain.append(inner)
+    chain = list(chained(error))
     operation = re.search(r"target=([\w.]+)", " ".join(str(link) for link in chain))
     lines = str(chain[-1]).strip().splitlines()
     words = f"{type(chain[-1]).__name__}: {lines[0]}" if lines else type(chain[-1]).__name__

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,13 @@ from torch.utils.data import DataLoader
 from lightning_quantdebug import ExportError, QuantDebug, apply_recipe, export_onnx, instrument, save_recipe
 from lightning_quantdebug.analysis_store import hash_bytes
 from lightning_quantdebug.model_loan import call_with
+from lightning_quantdebug.network import output_tensors
 from lightning_quantdebug.report import Cause, Verdict
 from lightning_quantdebug.target import Kind
+from tests.documented import Table
 from tests.hostile import CASES, Case
 
 NAMES = list(CASES)
-DOCUMENT = Path(__file__).parent.parent / "docs" / "hostile_models.md"
 HEAD = """# Hostile models
 
 What was tried and what happened: written by `tests/test_hostile_models.py`, which runs a whole walk (int8) on each of
@@ -38,18 +37,6 @@ network that can not be in it.
 | --- | --- | --- | --- | --- | --- |"""
 
 
-def tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    if dataclasses.is_dataclass(output):
-        return [tensor for field in dataclasses.fields(output) for tensor in tensors(getattr(output, field.name))]
-    if isinstance(output, dict):
-        return [tensor for value in output.values() for tensor in tensors(value)]
-    if isinstance(output, (list, tuple)):
-        return [tensor for value in output for tensor in tensors(value)]
-    return []
-
-
 class Judged(pl.LightningModule):
     """Scores a network against what it gives in FP32, with some noise."""
 
@@ -57,11 +44,11 @@ class Judged(pl.LightningModule):
         super().__init__()
         self.net = net
         with torch.no_grad():
-            outputs = [tensors(call_with(self.net.eval(), batch)) for batch in batches]
+            outputs = [output_tensors(call_with(self.net.eval(), batch)) for batch in batches]
         self.targets = [[out + 0.1 * out.std() * torch.randn_like(out) for out in outs] for outs in outputs]
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        outputs = tensors(call_with(self.net, batch))
+        outputs = output_tensors(call_with(self.net, batch))
         losses = [
             F.mse_loss(out, target) / target.var() for out, target in zip(outputs, self.targets[batch_idx], strict=True)
         ]
@@ -92,14 +79,10 @@ def validated(root: Path, module: Judged, batches: list[Any], *callbacks: pl.Cal
 
 
 @pytest.fixture(scope="module")
-def table() -> Iterator[dict[str, str]]:
-    """The rows of this run, which the documentation must show; with ``QUANTDEBUG_GOLDEN=write`` it is written."""
-    rows: dict[str, str] = {}
-    yield rows
-    if os.environ.get("QUANTDEBUG_GOLDEN") == "write":
-        assert list(rows) == NAMES, "write the table in one process, with every case"
-        DOCUMENT.parent.mkdir(exist_ok=True)
-        DOCUMENT.write_text("\n".join([HEAD, *rows.values(), ""]))
+def table() -> Iterator[Table]:
+    table = Table("hostile_models.md", HEAD, NAMES)
+    yield table
+    table.finish()
 
 
 @pytest.fixture
@@ -121,11 +104,11 @@ def test_alone(name: str) -> None:
     with torch.no_grad(), instrument(net, batch, "int8") as q:
         assert all(torch.equal(value, net.state_dict()[key]) for key, value in before.items())
         q.calibrate([batch])
-        fp32 = tensors(call_with(twin, batch))
+        fp32 = output_tensors(call_with(twin, batch))
         q.set_mode("bypass")
-        bypassed = tensors(call_with(net, batch))
+        bypassed = output_tensors(call_with(net, batch))
         q.set_mode("quantize")
-        quantized = tensors(call_with(net, batch))
+        quantized = output_tensors(call_with(net, batch))
         weights = [name for name, quantizer in q.quantizers.items() if quantizer.kind is Kind.WEIGHT]
         unquantized = [f"{item.name} {item.reason}" for item in q.coverage.unquantized]
     assert len(weights) == case.weights
@@ -138,7 +121,7 @@ def test_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_in_a_walk(name: str, table: dict[str, str], tmp_path: Path) -> None:
+def test_in_a_walk(name: str, table: Table, tmp_path: Path) -> None:
     case = CASES[name]
     net, batches = made(case)
     module = Judged(net, batches)
@@ -169,10 +152,8 @@ def test_in_a_walk(name: str, table: dict[str, str], tmp_path: Path) -> None:
         # The recipe fits what the user has in hand after the walk.
         apply_recipe(module, tmp_path / "quantdebug" / "recipe") if case.copies else None
     said = ", ".join(dict.fromkeys(f"`{cause}`" for cause in causes)) or "nothing"
-    row = (name, str(case.weights), report.verdict.value, said, files.get("recipe", "none"), files.get("pt2", "none"))
-    table[name] = f"| {' | '.join(row)} |".replace("not_written", "refused by name")
-    if os.environ.get("QUANTDEBUG_GOLDEN") != "write":
-        assert table[name] in DOCUMENT.read_text().splitlines()
+    written = [files.get(kind, "none").replace("not_written", "refused by name") for kind in ("recipe", "pt2")]
+    table.add(name, str(case.weights), report.verdict.value, said, *written)
 
 
 def test_buffers_that_forward_sizes_are_given_back_and_can_still_be_sized(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from torch.utils.data import IterableDataset
 
 from lightning_quantdebug.report import Verdict
 from tests.callback_runs import debugger, random_states, weights
+from tests.documented import Table
 from tests.torture import lightning, loader, samples, simple_class, torture_class, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "training_setups.md"
 HEAD = """# Training set-ups
 
 What was tried and what happened: written by `tests/test_training_setups.py`. Each set-up is fitted twice, with and
@@ -139,20 +138,15 @@ def state(running: Any, module: Any) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def table() -> Iterator[dict[str, str]]:
-    """The rows of this run, which the documentation must show; with ``QUANTDEBUG_GOLDEN=write`` it is written."""
-    rows: dict[str, str] = {}
-    yield rows
-    if os.environ.get("QUANTDEBUG_GOLDEN") == "write":
-        # What this machine can not run stays as another one has written it.
-        before = DOCUMENT.read_text().splitlines() if DOCUMENT.exists() else []
-        kept = {name: line for name in SETUPS for line in before if line.startswith(f"| {name} |")}
-        DOCUMENT.write_text("\n".join([HEAD, *(rows.get(name) or kept[name] for name in SETUPS), ""]))
+def table() -> Iterator[Table]:
+    table = Table("training_setups.md", HEAD, list(SETUPS))
+    yield table
+    table.finish()
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
 @pytest.mark.parametrize("name", SETUPS)
-def test_a_run_is_what_it_is_without(name: str, first: bool, table: dict[str, str], tmp_path: Path) -> None:
+def test_a_run_is_what_it_is_without(name: str, first: bool, table: Table, tmp_path: Path) -> None:
     kind, settings, others = SETUPS[name]
     if name == "16-mixed" and not torch.cuda.is_available():
         pytest.skip("float16 needs CUDA")
@@ -195,6 +189,4 @@ def test_a_run_is_what_it_is_without(name: str, first: bool, table: dict[str, st
     assert report.baseline is not None
     assert report.baseline.score == pytest.approx(logged, abs=0)
     assert report.verdict in (Verdict.ACCEPTED, Verdict.REPAIRED, Verdict.NOT_ACCEPTED), report.findings
-    table[name] = f"| {name} | finished | as logged | yes |"
-    if os.environ.get("QUANTDEBUG_GOLDEN") != "write":
-        assert table[name] in DOCUMENT.read_text().splitlines()
+    table.add(name, "finished", "as logged", "yes")
